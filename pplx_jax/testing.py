@@ -1,0 +1,759 @@
+"""Run test functions in several processes that form one JAX program.
+
+A multi-controller JAX program needs one fresh Python process a rank, all connected by
+:func:`jax.distributed.initialize`. :func:`run_processes` starts them, calls a function in each, and returns
+what each rank returned::
+
+    def step(scale):                       # in test_step.py, at module level
+        import jax
+        return jax.process_index() * scale
+
+    def test_step():
+        assert run_processes(step, 4, args=(10,)) == [0, 10, 20, 30]
+
+Starting Python and JAX costs seconds, so :class:`ProcessPool` keeps the ranks alive and runs many functions
+one after another. The pytest fixture :func:`processes` shares such pools between tests; load it in a
+``conftest.py`` with ``pytest_plugins = ["pplx_jax.testing"]`` (this module imports neither JAX nor pytest's
+internals until they are needed, but ``import pplx_jax`` may import JAX: set ``XLA_FLAGS`` and
+``JAX_PLATFORMS`` before).
+
+Nothing here can hang: a call that does not return within its timeout makes every rank print the stacks of
+its threads, kills the ranks and raises :class:`ProcessFailure`. So does a rank that raises or dies, with
+its traceback and the end of its output, unless the caller asked for that (``allow_failures``,
+``expect_death``). The processes run on CPU with gloo collectives unless ``env`` says otherwise, and end
+with the process that started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import importlib
+import importlib.util
+import os
+import pickle
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import IO, Any, Literal, Self
+
+__all__ = ["Outcome", "ProcessFailure", "ProcessPool", "Processes", "run_processes"]
+
+Status = Literal["ok", "raised", "died", "timeout", "stopped"]
+
+_MAX_OUTPUT = 20_000  # characters of a rank's output that an error message shows
+_GRACE = 2.0  # seconds that the other ranks get to finish once one has failed
+_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How one rank's call ended.
+
+    ``status`` is ``"ok"`` (``value`` is what it returned), ``"raised"`` (``error`` is the exception where it
+    could be pickled, ``text`` its traceback), ``"died"`` (``exit_code`` is negative for a signal),
+    ``"timeout"`` (``stderr`` holds the stacks of its threads) or ``"stopped"`` (killed because another rank
+    failed).
+    """
+
+    rank: int
+    status: Status
+    value: Any = None
+    error: BaseException | None = None
+    text: str = ""
+    exit_code: int | None = None
+    stdout: str = ""
+    stderr: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the rank returned a value."""
+        return self.status == "ok"
+
+    def describe(self) -> str:
+        """Return one line: the rank and how it ended."""
+        if self.status == "raised":
+            last = self.text.strip().splitlines()[-1] if self.text.strip() else "an exception"
+            return f"rank {self.rank} raised {last}"
+        if self.status == "died":
+            return f"rank {self.rank} died: {_exit_text(self.exit_code)}"
+        if self.status == "timeout":
+            return f"rank {self.rank} did not return in time"
+        if self.status == "stopped":
+            return f"rank {self.rank} was stopped because another rank failed"
+        return f"rank {self.rank} returned"
+
+
+class ProcessFailure(Exception):
+    """A rank raised, died or did not return in time. ``outcomes`` holds every rank's :class:`Outcome`."""
+
+    def __init__(self, what: str, outcomes: Sequence[Outcome] = ()) -> None:
+        super().__init__(what)
+        self.outcomes = list(outcomes)
+
+
+def _exit_text(code: int | None) -> str:
+    if code is None:
+        return "unknown exit status"
+    if code < 0:
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+    return f"exit status {code}"
+
+
+# ---- what travels to a rank --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A function by name, or a script by path; resolved in the rank."""
+
+    module: str
+    name: str
+    file: str | None
+
+    @staticmethod
+    def of(target: Callable[..., Any] | str | os.PathLike[str]) -> _Target:
+        if isinstance(target, str | os.PathLike):
+            text = os.fspath(target)
+            if text.endswith(".py"):
+                if not Path(text).is_file():
+                    raise ValueError(f"fn: there is no script {text!r}")
+                return _Target("", "", str(Path(text).resolve()))
+            module, colon, name = text.partition(":")
+            if not colon or not module or not name:
+                raise ValueError(f"fn: {text!r} is neither 'module:function' nor the path of a .py file")
+            spec = importlib.util.find_spec(module)
+            return _Target(module, name, spec.origin if spec is not None else None)
+        name = getattr(target, "__qualname__", "")
+        module = getattr(target, "__module__", "")
+        if not callable(target) or not name or not module:
+            raise TypeError(f"fn: must be a function, 'module:function' or a script's path, is {target!r}")
+        if "<" in name:  # <lambda>, <locals>
+            raise ValueError(f"fn: {name} is not at the top level of its module, so ranks cannot import it")
+        loaded = sys.modules.get(module)
+        return _Target(module, name, getattr(loaded, "__file__", None))
+
+    def load(self) -> Callable[..., Any]:
+        if not self.module:
+            return self._run_script
+        value: Any = self._import()
+        for part in self.name.split("."):
+            value = getattr(value, part)
+        if not callable(value):
+            raise TypeError(f"fn: {self.module}:{self.name} is not callable")
+        return value  # type: ignore[no-any-return]
+
+    def _run_script(self, *args: object) -> None:
+        assert self.file is not None
+        sys.argv = [self.file, *map(str, args)]
+        sys.path.insert(0, str(Path(self.file).parent))
+        runpy.run_path(self.file, run_name="__main__")
+
+    def _import(self) -> ModuleType:
+        if self.file is not None:
+            folder = Path(self.file).parent
+            if Path(self.file).name == "__init__.py":
+                folder = folder.parent
+            for _ in range(self.module.count(".")):
+                folder = folder.parent
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+        if self.module != "__main__":
+            return importlib.import_module(self.module)
+        # The caller was a script: its code runs again under another name, so that
+        # `if __name__ == "__main__"` does not.
+        if self.file is None:
+            raise ValueError("fn: functions typed into an interpreter cannot be imported by ranks")
+        name = "__pplx_main__"
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, self.file)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+        return sys.modules[name]
+
+
+# ---- the rank's side ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    rank: int
+    num_processes: int
+    coordinator: str | None
+    start_timeout: float
+
+
+def _watch_lifeline(descriptor: int) -> None:
+    """End this process when the one that started it is gone: its end of the pipe closes."""
+    with contextlib.suppress(OSError):
+        os.read(descriptor, 1)
+    os._exit(70)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _reply(call: Callable[[], Any]) -> tuple[str, Any]:
+    try:
+        value = call()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            return "ok", pickle.dumps(None)
+        text = "".join(traceback.format_exception(error))
+        try:
+            pickled = pickle.dumps(error)
+            pickle.loads(pickled)
+        except Exception:
+            pickled = None
+        return "raised", (text, pickled)
+    try:
+        return "ok", pickle.dumps(value)
+    except Exception as error:
+        text = f"TypeError: the returned {type(value).__name__} cannot be pickled: {error}"
+        return "raised", (text, None)
+
+
+# jax.distributed puts the coordination service into rank 0, and every process ends itself (SIGABRT) once the
+# service is gone. Tests that kill rank 0 want to see what the survivors do, so the service runs in a process
+# of its own. That takes two internals of JAX, used nowhere else.
+
+
+def _coordinator_main() -> None:
+    """Run the coordination service until the parent is gone; the entry point of its process."""
+    from jax._src.lib import _jax
+
+    address, num_processes, lifeline = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    service = _jax.get_distributed_runtime_service(address, num_processes)
+    assert service is not None
+    _watch_lifeline(lifeline)
+
+
+def _start(setup: _Setup) -> None:
+    if setup.coordinator is None:
+        return
+    import jax
+    import jax._src.distributed as internals
+
+    internals._jax.get_distributed_runtime_service = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    jax.distributed.initialize(
+        setup.coordinator,
+        setup.num_processes,
+        setup.rank,
+        initialization_timeout=max(1, int(setup.start_timeout)),
+    )
+
+
+def _rank_main() -> None:
+    """Serve calls until the parent closes the connection; the entry point of a rank's process."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    connection = Connection(int(sys.argv[1]))
+    threading.Thread(target=_watch_lifeline, args=(int(sys.argv[2]),), daemon=True).start()
+    setup: _Setup = pickle.loads(connection.recv_bytes())
+    reply = _reply(lambda: _start(setup))
+    connection.send(reply)
+    while reply[0] == "ok" or setup.coordinator is None:
+        try:
+            request = connection.recv_bytes()
+        except (EOFError, OSError):
+            break
+        if not request:  # a graceful end: run exit handlers, but never wait for long
+            watchdog = threading.Timer(10.0, os._exit, (0,))
+            watchdog.daemon = True
+            watchdog.start()
+            _flush()
+            return
+
+        def call(request: bytes = request) -> Any:
+            target, packed = pickle.loads(request)
+            function = target.load()
+            args, kwargs = pickle.loads(packed)
+            return function(*args, **kwargs)
+
+        message = _reply(call)
+        _flush()
+        try:
+            connection.send(message)
+        except OSError:
+            break
+    _flush()
+    os._exit(70)
+
+
+# ---- the parent's side -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Rank:
+    index: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    lifeline: int
+    files: tuple[IO[bytes], IO[bytes]]
+    marks: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+
+    def mark(self) -> None:
+        """Let `output` return only what is written from now on."""
+        self.marks = [os.fstat(file.fileno()).st_size for file in self.files]
+
+    def output(self) -> tuple[str, str]:
+        texts = []
+        for file, start in zip(self.files, self.marks, strict=True):
+            size = os.fstat(file.fileno()).st_size
+            start = max(start, size - 50 * _MAX_OUTPUT)
+            texts.append(os.pread(file.fileno(), size - start, start).decode(errors="replace"))
+        return texts[0], texts[1]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the rank and whatever it started."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+
+    def release(self) -> None:
+        self.connection.close()
+        with contextlib.suppress(OSError):
+            os.close(self.lifeline)
+        for file in self.files:
+            file.close()
+
+
+def _xla_flags(inherited: str, devices: int) -> str:
+    kept = [flag for flag in inherited.split() if not flag.startswith(_DEVICE_COUNT_FLAG)]
+    return " ".join([*kept, f"{_DEVICE_COUNT_FLAG}={devices}"])
+
+
+class ProcessPool:
+    """``num_processes`` ranks of one JAX program that stay alive and run one function after another.
+
+    Args:
+        num_processes: ranks, at least 1.
+        devices_per_process: virtual CPU devices of each rank, at least 1.
+        timeout: seconds that a call may take unless :meth:`run` says otherwise.
+        env: environment variables to set in the ranks (``None`` removes one), on top of this process's.
+        distributed: whether to call :func:`jax.distributed.initialize`; by default where there are several.
+        start_timeout: seconds within which all ranks must be connected.
+
+    The ranks start at the first :meth:`run` and, after a call that left some of them dead or stuck, afresh
+    at the next. State that functions keep in module globals lives from call to call until then. Use it as a
+    context manager, or call :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        num_processes: int,
+        *,
+        devices_per_process: int = 1,
+        timeout: float = 120.0,
+        env: Mapping[str, str | None] | None = None,
+        distributed: bool | None = None,
+        start_timeout: float = 120.0,
+    ) -> None:
+        for name, value in (("num_processes", num_processes), ("devices_per_process", devices_per_process)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: must be an integer of at least 1, is {value!r}")
+        for name, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
+            if not seconds > 0:
+                raise ValueError(f"{name}: must be a positive number of seconds, is {seconds!r}")
+        self.num_processes = num_processes
+        self.devices_per_process = devices_per_process
+        self.timeout = timeout
+        self._env = dict(env or {})
+        self._distributed = num_processes > 1 if distributed is None else distributed
+        self._start_timeout = start_timeout
+        self._ranks: list[_Rank] = []
+        self._coordinator: tuple[subprocess.Popen[bytes], int] | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(graceful=error is None)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank; empty while the ranks are not running. Each leads a process group."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def run(
+        self,
+        fn: Callable[..., Any] | str | os.PathLike[str],
+        *args: Any,
+        timeout: float | None = None,
+        allow_failures: bool = False,
+        expect_death: Mapping[int, int] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Call ``fn(*args, **kwargs)`` on every rank and return what each returned, by rank.
+
+        Args:
+            fn: a function at the top level of an importable module, ``"module:function"``, or the path of a
+                ``.py`` script (which gets ``args`` as ``sys.argv[1:]`` and returns ``None``). Ranks import it
+                by name; its folder is put on their ``sys.path``.
+            args: positional arguments; must pickle, as must results. ``kwargs`` likewise.
+            timeout: seconds within which all ranks must have returned; the pool's by default.
+            allow_failures: return a list of :class:`Outcome` instead, whatever happened, and give every rank
+                the whole timeout.
+            expect_death: ``{rank: signal}``: these ranks must be killed by that signal (they may kill
+                themselves) and every other rank must return. The dead ranks' results are ``None``.
+
+        Raises:
+            ProcessFailure: a rank raised (its exception is the ``__cause__``), died or timed out.
+        """
+        if self._closed:
+            raise ValueError("the pool is closed")
+        expected = dict(expect_death or {})
+        if bad := [rank for rank in expected if not 0 <= rank < self.num_processes]:
+            raise ValueError(f"expect_death: rank {bad[0]} is not in 0..{self.num_processes - 1}")
+        limit = self.timeout if timeout is None else timeout
+        if not limit > 0:
+            raise ValueError(f"timeout: must be a positive number of seconds, is {limit!r}")
+        request = pickle.dumps((_Target.of(fn), pickle.dumps((args, kwargs))))
+        self._ensure_started()
+        for rank in self._ranks:
+            rank.mark()
+            with contextlib.suppress(OSError):  # it died since the last call: _collect finds out
+                rank.connection.send_bytes(request)
+        patient = allow_failures or bool(expected)
+        outcomes = self._collect(limit, patient=patient)
+        if allow_failures:
+            return outcomes
+        name = fn.__qualname__ if callable(fn) else os.fspath(fn)
+        return _values(outcomes, expected, f"{name} on {self.num_processes} processes", limit)
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a rank and whatever it started; for use from another thread during a call."""
+        self._ranks[rank].signal(signal.Signals(number))
+
+    def close(self, *, graceful: bool = True) -> None:
+        """End the ranks: through their exit handlers, within 15 s, or by SIGKILL. Idempotent."""
+        self._closed = True
+        self._stop(graceful=graceful)
+
+    # -- internals
+
+    def _ensure_started(self) -> None:
+        if self._ranks and all(rank.process.poll() is None for rank in self._ranks):
+            return
+        self._stop(graceful=False)
+        with contextlib.ExitStack() as reservation:
+            coordinator = reservation.enter_context(_reserve_port()) if self._distributed else None
+            try:
+                if coordinator is not None:
+                    self._coordinator = self._spawn_coordinator(coordinator)
+                for index in range(self.num_processes):
+                    self._ranks.append(self._spawn(index))
+                    setup = _Setup(index, self.num_processes, coordinator, self._start_timeout)
+                    self._ranks[-1].connection.send_bytes(pickle.dumps(setup))
+                outcomes = self._collect(self._start_timeout, patient=False)
+            except BaseException:
+                self._stop(graceful=False)
+                raise
+        _values(outcomes, {}, f"starting {self.num_processes} processes", self._start_timeout)
+
+    def _environment(self) -> dict[str, str]:
+        env = dict(os.environ)
+        env["JAX_PLATFORMS"] = "cpu"
+        env["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+        env["XLA_FLAGS"] = _xla_flags(env.get("XLA_FLAGS", ""), self.devices_per_process)
+        env["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+        env["PYTHONUNBUFFERED"] = "1"
+        for name, value in self._env.items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
+        return env
+
+    def _spawn_coordinator(self, address: str) -> tuple[subprocess.Popen[bytes], int]:
+        alive, lifeline = os.pipe()
+        try:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    "from pplx_jax.testing import _coordinator_main; _coordinator_main()",
+                    address,
+                    str(self.num_processes),
+                    str(alive),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=self._environment(),
+                pass_fds=(alive,),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(alive)
+        return process, lifeline
+
+    def _spawn(self, index: int) -> _Rank:
+        env = self._environment()
+        ours, theirs = socket.socketpair()
+        alive, lifeline = os.pipe()
+        files = (tempfile.TemporaryFile(), tempfile.TemporaryFile())  # noqa: SIM115 - closed by release
+        try:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    "from pplx_jax.testing import _rank_main; _rank_main()",
+                    str(theirs.fileno()),
+                    str(alive),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=files[0],
+                stderr=files[1],
+                env=env,
+                pass_fds=(theirs.fileno(), alive),
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            os.close(lifeline)
+            raise
+        finally:
+            theirs.close()
+            os.close(alive)
+        return _Rank(index, process, Connection(ours.detach()), lifeline, files)
+
+    def _collect(self, limit: float, *, patient: bool) -> list[Outcome]:
+        """Wait for one reply of every rank; stop the ranks where some did not give one."""
+        deadline = time.monotonic() + limit
+        outcomes: dict[int, Outcome] = {}
+        failed = False
+        try:
+            while len(outcomes) < self.num_processes:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                waiting = [rank for rank in self._ranks if rank.index not in outcomes]
+                wait([rank.connection for rank in waiting], timeout=min(left, 0.2))
+                for rank in waiting:
+                    outcome = self._poll(rank)
+                    if outcome is None:
+                        continue
+                    outcomes[rank.index] = outcome
+                    if not outcome.ok and not failed:
+                        failed = True
+                        if not patient:
+                            deadline = min(deadline, time.monotonic() + _GRACE)
+        except BaseException:  # Ctrl-C, or pytest-timeout
+            self._stop(graceful=False)
+            raise
+        late = [rank for rank in self._ranks if rank.index not in outcomes]
+        stopped = failed and not patient
+        if late and not stopped:
+            for rank in late:
+                rank.signal(signal.SIGUSR1)  # faulthandler prints all stacks
+            time.sleep(1.0)
+        for rank in late:
+            stdout, stderr = rank.output()
+            status: Status = "stopped" if stopped else "timeout"
+            outcomes[rank.index] = Outcome(rank.index, status, stdout=stdout, stderr=stderr)
+        if late or any(outcome.status == "died" for outcome in outcomes.values()):
+            self._stop(graceful=False)
+        return [outcomes[index] for index in range(self.num_processes)]
+
+    @staticmethod
+    def _poll(rank: _Rank) -> Outcome | None:
+        try:
+            if rank.connection.poll():
+                kind, payload = rank.connection.recv()
+                stdout, stderr = rank.output()
+                if kind == "ok":
+                    value = pickle.loads(payload)
+                    return Outcome(rank.index, "ok", value=value, stdout=stdout, stderr=stderr)
+                text, pickled = payload
+                error = pickle.loads(pickled) if pickled is not None else None
+                return Outcome(rank.index, "raised", error=error, text=text, stdout=stdout, stderr=stderr)
+            if rank.process.poll() is None:
+                return None
+        except (EOFError, OSError):
+            pass
+        # The connection or the process is gone, or both in a moment.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.process.wait(timeout=5.0)
+        stdout, stderr = rank.output()
+        return Outcome(rank.index, "died", exit_code=rank.process.poll(), stdout=stdout, stderr=stderr)
+
+    def _stop(self, *, graceful: bool) -> None:
+        ranks, self._ranks = self._ranks, []
+        if graceful:
+            for rank in ranks:
+                with contextlib.suppress(OSError):
+                    rank.connection.send_bytes(b"")
+            deadline = time.monotonic() + 15.0
+            for rank in ranks:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        for rank in ranks:
+            rank.signal(signal.SIGKILL)
+        for rank in ranks:
+            rank.process.wait()
+            rank.release()
+        if self._coordinator is not None:  # last: ranks end themselves once it is gone
+            process, lifeline = self._coordinator
+            self._coordinator = None
+            os.close(lifeline)
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _reserve_port() -> Iterator[str]:
+    """Yield a 127.0.0.1 address whose port nobody else gets until rank 0's coordinator listens on it.
+
+    The coordinator (gRPC) binds with SO_REUSEPORT, so a socket of ours that is bound with it, and does not
+    listen, keeps the port without being in the way.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        keeper.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{keeper.getsockname()[1]}"
+
+
+def _values(outcomes: Sequence[Outcome], expected: Mapping[int, int], what: str, limit: float) -> list[Any]:
+    bad = []
+    lines = []
+    for outcome in outcomes:
+        if outcome.rank in expected:
+            wanted = expected[outcome.rank]
+            if outcome.status != "died" or outcome.exit_code != -wanted:
+                bad.append(outcome)
+                lines.append(f"{outcome.describe()}, but was expected to be {_exit_text(-wanted)}")
+        elif not outcome.ok:
+            bad.append(outcome)
+            lines.append(outcome.describe())
+    if not bad:
+        return [outcome.value for outcome in outcomes]
+    # Culprits before those that only fell with them.
+    order = {"raised": 0, "died": 1, "timeout": 2, "ok": 3, "stopped": 4}
+    bad.sort(key=lambda outcome: (order[outcome.status], outcome.rank))
+    if any(outcome.status == "timeout" for outcome in bad):
+        what += f" (timeout {limit:g} s)"
+    parts = [f"{what}: " + "; ".join(lines)]
+    for outcome in bad:
+        parts.append(f"---- rank {outcome.rank}: {outcome.status} ----")
+        if outcome.text:
+            parts.append(outcome.text.rstrip())
+        for name, text in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
+            if text.strip():
+                cut = "…" + text[-_MAX_OUTPUT:] if len(text) > _MAX_OUTPUT else text
+                parts.append(f"-- {name}\n{cut.rstrip()}")
+    failure = ProcessFailure("\n".join(parts), outcomes)
+    raise failure from next((outcome.error for outcome in bad if outcome.error is not None), None)
+
+
+def run_processes(
+    fn_or_script: Callable[..., Any] | str | os.PathLike[str],
+    num_processes: int,
+    *,
+    devices_per_process: int = 1,
+    timeout: float = 120.0,
+    env: Mapping[str, str | None] | None = None,
+    args: Sequence[Any] = (),
+    allow_failures: bool = False,
+    expect_death: Mapping[int, int] | None = None,
+    distributed: bool | None = None,
+) -> list[Any]:
+    """Start ``num_processes`` fresh processes, call a function once in each, end them.
+
+    The arguments are those of :class:`ProcessPool` and :meth:`ProcessPool.run`; ``timeout`` (seconds) is
+    the call's, on top of which the processes get the same time to start.
+    """
+    with ProcessPool(
+        num_processes,
+        devices_per_process=devices_per_process,
+        timeout=timeout,
+        env=env,
+        distributed=distributed,
+        start_timeout=timeout,
+    ) as pool:
+        return pool.run(fn_or_script, *args, allow_failures=allow_failures, expect_death=expect_death)
+
+
+class Processes:
+    """What the :func:`processes` fixture gives: pools by shape, shared by the tests of a session.
+
+    At most ``keep`` pools stay alive, the least recently used one is ended first.
+    """
+
+    def __init__(self, keep: int = 2) -> None:
+        self._keep = keep
+        self._pools: dict[tuple[int, int, tuple[tuple[str, str | None], ...]], ProcessPool] = {}
+
+    def pool(
+        self,
+        num_processes: int,
+        *,
+        devices_per_process: int = 1,
+        env: Mapping[str, str | None] | None = None,
+    ) -> ProcessPool:
+        """Return the running pool of this shape and environment, or a new one."""
+        key = (num_processes, devices_per_process, tuple(sorted((env or {}).items())))
+        pool = self._pools.pop(key, None)
+        if pool is None:
+            while len(self._pools) >= self._keep:
+                self._pools.pop(next(iter(self._pools))).close()
+            pool = ProcessPool(num_processes, devices_per_process=devices_per_process, env=env)
+        self._pools[key] = pool
+        return pool
+
+    def run(
+        self,
+        fn: Callable[..., Any] | str | os.PathLike[str],
+        num_processes: int,
+        *args: Any,
+        devices_per_process: int = 1,
+        env: Mapping[str, str | None] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Call ``fn(*args)`` on the ranks of the pool; ``kwargs`` are those of :meth:`ProcessPool.run`."""
+        pool = self.pool(num_processes, devices_per_process=devices_per_process, env=env)
+        return pool.run(fn, *args, **kwargs)
+
+    def close(self) -> None:
+        """End all pools."""
+        while self._pools:
+            self._pools.popitem()[1].close()
+
+
+if "pytest" in sys.modules:  # loaded as a pytest plugin; ranks and other users need no pytest
+    import pytest
+
+    @pytest.fixture(scope="session")
+    def processes() -> Iterator[Processes]:
+        """Pools of processes that form one JAX program: a :class:`Processes`."""
+        shared = Processes()
+        try:
+            yield shared
+        finally:
+            shared.close()
