@@ -240,10 +240,12 @@ def _reply(call: Callable[[], Any]) -> tuple[str, Any]:
 
 def _coordinator_main() -> None:
     """Run the coordination service until the parent is gone; the entry point of its process."""
-    from jax._src.lib import _jax
+    import jax._src.lib as internals
 
     address, num_processes, lifeline = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    service = _jax.get_distributed_runtime_service(address, num_processes)
+    service = internals._jax.get_distributed_runtime_service(  # type: ignore[attr-defined]
+        address, num_processes
+    )
     assert service is not None
     _watch_lifeline(lifeline)
 

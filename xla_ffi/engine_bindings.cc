@@ -33,6 +33,7 @@
 
 #include "proxy/engine/engine.h"
 #include "proxy/error.h"
+#include "proxy/fabric/library_path.h"
 
 namespace nb = nanobind;
 
@@ -646,6 +647,11 @@ void bind_engine(nb::module_& m) {
       .def("barrier", &PyEngine::barrier, nb::arg("group"), nb::arg("timeout").none() = nb::none())
       .def("stats", &PyEngine::stats)
       .def("close", &PyEngine::close);
+
+  m.def(
+      "set_library_search_path",
+      [](std::vector<std::string> folders) { set_library_search_path(std::move(folders)); },
+      nb::arg("folders"));
 }
 
 }  // namespace pplx
