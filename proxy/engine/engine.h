@@ -25,7 +25,8 @@ using Clock = std::chrono::steady_clock;
 using Duration = std::chrono::nanoseconds;
 using Deadline = Clock::time_point;
 
-// What the simulated fabric does to traffic. Everything follows from `seed`; all off is plain memcpy delivery.
+// What the simulated fabric does to traffic. Everything follows from `seed`; all off is plain memcpy
+// delivery.
 struct SimConfig {
   uint64_t seed = 0;
   std::string network = "default";  // engines of one process meet when their network names are equal
@@ -34,16 +35,17 @@ struct SimConfig {
   uint32_t max_pieces = 1;          // a write's bytes land in up to this many pieces
   uint32_t stall_every = 0;         // about one poll in this many delivers nothing for `stall_polls` polls
   uint32_t stall_polls = 64;
-  uint32_t queue_depth = 4096;      // outstanding operations an endpoint accepts before it pushes back
+  uint32_t queue_depth = 4096;  // outstanding operations an endpoint accepts before it pushes back
+  uint64_t max_write = 0;       // longest write taken in one operation, longer ones are split; 0: any
 };
 
 struct EngineConfig {
   // "local" (in process, memcpy), "sim" (in process, disordered by `sim`), "tcp", "shm", or any libfabric
   // provider name with RDM endpoints and RMA ("tcp;ofi_rxm", "efa", ...).
   std::string fabric = "local";
-  int endpoints = 1;             // endpoints a peer; > 1 sprays writes, so that immediates arrive out of order
-  std::string bind_address;      // IP address the socket providers listen on; empty: loopback only
-  int cpu = -1;                  // core to pin the worker to; -1: any
+  int endpoints = 1;         // endpoints a peer; > 1 sprays writes, so that immediates arrive out of order
+  std::string bind_address;  // IP address the socket providers listen on; empty: loopback only
+  int cpu = -1;              // core to pin the worker to; -1: any
   Duration timeout = std::chrono::seconds(30);  // default of every wait below
   SimConfig sim;
 };
@@ -88,7 +90,7 @@ class CompletionCounter final : public CompletionSink {
   CompletionCounter();
   ~CompletionCounter();
   void complete(const Error* error) noexcept override;
-  uint64_t done() const noexcept;    // successes and failures together
+  uint64_t done() const noexcept;  // successes and failures together
   uint64_t failed() const noexcept;
   std::optional<Error> error() const;  // the first failure
 
@@ -97,7 +99,8 @@ class CompletionCounter final : public CompletionSink {
   std::unique_ptr<State> state_;
 };
 
-class TransferEngine;
+class EngineCore;
+struct ImmState;
 
 // Counts arrived immediates of one value: 64 bits, cumulative, never reset. Counted only after the bytes
 // of the write that carried it are visible. Handles to one value share one count.
@@ -109,12 +112,12 @@ class ImmCounter {
   void wait(uint64_t n, std::optional<Duration> timeout = std::nullopt) const;
 
  private:
-  friend class TransferEngine;
-  struct State;
-  std::shared_ptr<State> state_;
+  friend class EngineCore;
+  std::shared_ptr<ImmState> state_;
 };
 
-// Registered memory. Unregistered when the last handle goes; `keepalive` lives as long.
+// Registered memory. Unregistered when the last handle goes; `keepalive` lives as long. Keep the handle of a
+// source until its writes have completed.
 class Region {
  public:
   virtual ~Region() = default;
@@ -131,12 +134,12 @@ class RemoteRegion {
 };
 
 struct WriteRequest {
-  const Region* source = nullptr;        // may be null when length is 0
+  const Region* source = nullptr;  // may be null when length is 0
   size_t source_offset = 0;
   const RemoteRegion* target = nullptr;
   size_t target_offset = 0;
   size_t length = 0;
-  std::optional<uint32_t> imm;           // delivered once, after all bytes are visible
+  std::optional<uint32_t> imm;  // delivered once, after all bytes are visible
 };
 
 struct ScatterEntry {
@@ -169,7 +172,8 @@ class PeerGroup {
 
 // Immediate values with the top bit set belong to exchange groups: they count only while watched
 // (`watch`), so a late write of a closed group is dropped. All other values are the user's: they count from
-// the first arrival on, whether or not anybody asked yet (at most 65536 different values).
+// the first arrival on, whether or not anybody asked yet (at most 65536 different values). 0xFFFFFFFF is the
+// engine's own and refused.
 inline constexpr uint32_t kReservedImmediate = 0x8000'0000U;
 
 class TransferEngine {
@@ -206,8 +210,8 @@ class TransferEngine {
   std::future<void> send(const Address& to, std::span<const std::byte> payload);
   Message recv(std::optional<Duration> timeout = std::nullopt);
 
-  ImmCounter imm_counter(uint32_t imm);              // a user value (top bit clear)
-  ImmCounter watch(uint32_t imm);                    // a reserved value; counts from 0
+  ImmCounter imm_counter(uint32_t imm);  // a user value (top bit clear)
+  ImmCounter watch(uint32_t imm);        // a reserved value; counts from 0
   void unwatch(uint32_t imm);
 
   std::shared_ptr<PeerGroup> peer_group(const std::vector<Address>& members, uint32_t id);
@@ -238,8 +242,7 @@ class TransferEngine {
 
  private:
   static void relax(unsigned idle);  // the back-off of wait_until; yields early where cores are scarce
-  struct Impl;
-  std::shared_ptr<Impl> impl_;
+  std::shared_ptr<EngineCore> core_;
 };
 
 }  // namespace pplx

@@ -1,0 +1,46 @@
+#include "proxy/engine/backoff.h"
+
+#include <sched.h>
+#include <time.h>
+
+#include <algorithm>
+#include <thread>
+
+namespace pplx {
+namespace {
+
+struct Limits {
+  unsigned spins, yields;
+};
+
+// With few cores the thread waited for most likely needs this one.
+Limits limits() {
+  unsigned cores = std::thread::hardware_concurrency();
+  if (cores <= 4) return {32, 512};
+  return {2000, 2000};
+}
+
+inline void pause_core() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+void back_off(unsigned idle) {
+  static const Limits kLimits = limits();
+  if (idle < kLimits.spins) {
+    for (int i = 0; i < 4; ++i) pause_core();
+  } else if (idle < kLimits.spins + kLimits.yields) {
+    sched_yield();
+  } else {
+    unsigned naps = idle - kLimits.spins - kLimits.yields;
+    timespec nap{0, std::min(200'000L, 20'000L + 2'000L * static_cast<long>(std::min(naps, 1000U)))};
+    nanosleep(&nap, nullptr);
+  }
+}
+
+}  // namespace pplx

@@ -1,0 +1,204 @@
+#include "proxy/engine/core.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#include "proxy/log.h"
+
+namespace pplx {
+namespace {
+
+constexpr size_t kSendSlots = 64;
+constexpr auto kMaintenance = std::chrono::milliseconds(10);
+constexpr uint32_t kSuspectAfter = 100;  // ms without a completion before a peer's process is looked at
+constexpr int kFlushPolls = 16;
+
+void sleep_for(long nanoseconds) {
+  timespec nap{0, nanoseconds};
+  nanosleep(&nap, nullptr);
+}
+
+}  // namespace
+
+EngineCore::EngineCore(const EngineConfig& config)
+    : config_(config), fabric_(make_fabric(config)), caps_(fabric_->caps()), fabric_name_(fabric_->name()) {
+  address_ = Address(encode(fabric_->address()));
+  send_bytes_.resize(kSendSlots * caps_.max_message);
+  send_memory_ = fabric_->register_memory(send_bytes_.data(), send_bytes_.size());
+  for (uint32_t slot = 0; slot < kSendSlots; ++slot) free_slots_.push_back(slot);
+}
+
+EngineCore::~EngineCore() { close(); }
+
+void EngineCore::start() {
+  worker_ = std::thread([this] { run_worker(); });
+  log().info("engine {} on {}", fabric_->address().label(), fabric_name_);
+}
+
+void EngineCore::require_open() const {
+  if (closed()) throw Error(ErrorKind::kClosed, "the TransferEngine is closed");
+}
+
+Deadline EngineCore::deadline(std::optional<Duration> timeout) const {
+  auto now = Clock::now();
+  auto wanted = std::max(timeout.value_or(config_.timeout), Duration(0));
+  return wanted > Deadline::max() - now ? Deadline::max() : now + wanted;
+}
+
+bool EngineCore::try_lock() {
+  if (!lock_.try_lock()) return false;
+  holder_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+  return true;
+}
+
+void EngineCore::unlock() {
+  holder_.store(std::thread::id(), std::memory_order_relaxed);
+  lock_.unlock();
+  // Whoever failed to get the lock before this pushed first, so that nothing stays behind unseen.
+  if (!submissions_.empty()) [[unlikely]]
+    kick();
+}
+
+void EngineCore::kick() {
+  if (!try_lock()) return;
+  drain();
+  unlock();
+}
+
+size_t EngineCore::progress() {
+  // Pollers would otherwise take the lock again before a blocked thread wakes up.
+  if (blocked_.load(std::memory_order_relaxed) != 0 || !try_lock()) return 0;
+  bump(foreign_polls_);
+  size_t count = poll_locked();
+  unlock();
+  return count;
+}
+
+size_t EngineCore::poll_locked() {
+  drain();
+  if (fabric_closed_) return 0;
+  bump(counters_.polls);
+  size_t count = fabric_->poll(*this);
+  if (!pending_peers_.empty()) post_pending();
+  if (!outgoing_.empty()) flush_messages();
+  return count;
+}
+
+void EngineCore::run_worker() {
+  pthread_setname_np(pthread_self(), "pplx-engine");
+  prctl(PR_SET_TIMERSLACK, 1000UL, 0, 0, 0);  // naps of 50 us would otherwise last 100
+  if (config_.cpu >= 0) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(config_.cpu, &set);
+    if (pthread_setaffinity_np(pthread_self(), sizeof set, &set) != 0) {
+      log().warn("the worker could not be pinned to core {}", config_.cpu);
+    }
+  }
+  constexpr long kShortNap = 50'000, kLongNap = 1'000'000, kStandBack = 200'000;
+  long nap = kShortNap;
+  unsigned idle = 0;
+  uint64_t foreign = 0;
+  Deadline maintained = started_;
+  while (!closed()) {
+    auto now = Clock::now();
+    if (now - maintained >= kMaintenance) {
+      maintained = now;
+      tick_.store(static_cast<uint32_t>((now - started_) / std::chrono::milliseconds(1)),
+                  std::memory_order_relaxed);
+      Locked locked(*this);
+      maintain();
+    }
+    // Somebody who waits drives progress better than we could: every poll of ours would only be in the way.
+    if (uint64_t polls = foreign_polls_.load(std::memory_order_relaxed); polls != foreign) {
+      foreign = polls;
+      sleep_for(kStandBack);
+      continue;
+    }
+    size_t count = 0;
+    if (blocked_.load(std::memory_order_relaxed) == 0 && try_lock()) {
+      count = poll_locked();
+      unlock();
+    }
+    if (count != 0) {
+      idle = 0;
+      nap = kShortNap;
+    } else if (++idle < 32) {
+      sched_yield();
+    } else {
+      bool busy = outstanding_.load(std::memory_order_relaxed) != 0;
+      sleep_for(nap);
+      nap = busy ? kShortNap : std::min(nap * 2, kLongNap);
+    }
+  }
+}
+
+void EngineCore::maintain() {
+  if (fabric_closed_) return;
+  uint32_t now = tick_.load(std::memory_order_relaxed);
+  auto limit = static_cast<uint32_t>(
+      std::clamp<int64_t>(config_.timeout / std::chrono::milliseconds(1), 1, INT32_MAX));
+  for (uint32_t number = 0; number < peers_.size(); ++number) {
+    Peer& peer = peers_[number];
+    Op* oldest = peer.posted.front() != nullptr ? peer.posted.front() : peer.pending.front();
+    if (oldest == nullptr) continue;
+    if (now - oldest->stamp > kSuspectAfter && !fabric_->alive(number)) {
+      fail_peer(peer, Error(ErrorKind::kPeer, "the process of " + peer.label + " is gone"));
+      continue;
+    }
+    auto late = [&](const Op* op) { return op != nullptr && now - op->stamp > limit; };
+    auto error = [&](const Op& op) {
+      return explain(op, Error(ErrorKind::kTimeout, "no completion within " + std::to_string(limit) + " ms"));
+    };
+    while (late(peer.posted.front())) abandon(peer, peer.posted.front(), error(*peer.posted.front()));
+    while (late(peer.pending.front())) {
+      Op* op = peer.pending.pop();
+      Error late_error = error(*op);
+      finish(op, &late_error);
+    }
+  }
+}
+
+uint32_t EngineCore::connect(const Bytes& address) {
+  if (auto known = peer_numbers_.find(address); known != peer_numbers_.end()) return known->second;
+  PeerAddress parsed = decode_address(address);
+  uint32_t number = fabric_->connect(parsed);
+  if (peers_.size() <= number) peers_.resize(number + 1);
+  peers_[number].label = parsed.label();
+  peer_numbers_.emplace(address, number);
+  return number;
+}
+
+EngineStats EngineCore::stats() const {
+  const auto& c = counters_;
+  return {c.writes, c.write_bytes, c.sends,       c.receives, c.immediates, c.unknown_immediates,
+          c.errors, c.polls,       c.backpressure};
+}
+
+void EngineCore::close() {
+  if (closing_.exchange(true)) {
+    // A callback may not wait for a close that waits for the callback.
+    for (unsigned idle = 0; !close_done_.load(std::memory_order_acquire) && !callbacks_.is_current();) {
+      back_off(idle++);
+    }
+    return;
+  }
+  if (worker_.joinable()) worker_.join();
+  // Peers may still wait for acknowledgements of what has already arrived here.
+  for (int i = 0; i < kFlushPolls; ++i) progress();
+  {
+    Locked locked(*this);
+    const Error error(ErrorKind::kClosed, "the TransferEngine was closed before the operation completed");
+    fabric_closed_ = true;
+    drain();
+    for (Peer& peer : peers_) fail_peer(peer, error);
+    flush_messages();
+    fabric_->close();
+  }
+  callbacks_.stop();
+  close_done_.store(true, std::memory_order_release);
+}
+
+}  // namespace pplx

@@ -1,0 +1,206 @@
+// Two-sided messages and what is built on them: send, recv, barriers.
+#include <algorithm>
+#include <cstring>
+
+#include "proxy/bytes.h"
+#include "proxy/engine/core.h"
+#include "proxy/engine/group.h"
+#include "proxy/log.h"
+
+namespace pplx {
+namespace {
+
+constexpr uint32_t kMessageMagic = 0x4d584c50;  // "PLXM"
+enum MessageType : uint8_t { kUser = 1, kBarrier = 2 };
+constexpr size_t kMaxUnread = 4096;
+
+}  // namespace
+
+// The sender's whole address: the receiver may not know it yet and may want to answer.
+Bytes EngineCore::message_header(uint8_t type) const {
+  ByteWriter out;
+  out.put(kMessageMagic);
+  out.put(type);
+  out.blob(address_.bytes());
+  return out.take();
+}
+
+size_t EngineCore::max_message() const noexcept {
+  return caps_.max_message - (sizeof kMessageMagic + sizeof(uint8_t) + sizeof(uint16_t)) -
+         address_.bytes().size();
+}
+
+std::future<void> EngineCore::send(const Address& to, std::span<const std::byte> payload) {
+  require_open();
+  if (payload.size() > max_message()) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "a message of " + std::to_string(payload.size()) +
+                    " bytes exceeds max_message() = " + std::to_string(max_message()));
+  }
+  decode_address(to.bytes());
+  Bytes bytes = message_header(kUser);
+  bytes.insert(bytes.end(), payload.begin(), payload.end());
+  Locked locked(*this);
+  if (fabric_closed_) require_open();
+  uint32_t peer = connect(to.bytes());
+  auto* sink = new FutureSink;  // deletes itself
+  auto future = sink->future();
+  bump(counters_.sends);
+  queue_message(peer, std::move(bytes), sink);
+  return future;
+}
+
+void EngineCore::queue_message(uint32_t peer, Bytes bytes, CompletionSink* sink) {
+  outgoing_.push_back({peer, std::move(bytes), sink});
+  flush_messages();
+}
+
+void EngineCore::flush_messages() {
+  while (!outgoing_.empty() && (fabric_closed_ || !free_slots_.empty())) {
+    Outgoing message = std::move(outgoing_.front());
+    outgoing_.pop_front();
+    if (fabric_closed_) {
+      Error error(ErrorKind::kClosed, "the TransferEngine was closed before the message was sent");
+      if (message.sink != nullptr) message.sink->complete(&error);
+      continue;
+    }
+    Op* op = pool_.take();
+    op->slot = free_slots_.back();
+    free_slots_.pop_back();
+    std::byte* buffer = send_bytes_.data() + op->slot * caps_.max_message;
+    std::memcpy(buffer, message.bytes.data(), message.bytes.size());
+    op->source = buffer;
+    op->length = message.bytes.size();
+    op->local = send_memory_.local;
+    op->target = op->key = 0;
+    op->peer = message.peer;
+    op->has_imm = false;
+    op->kind = FabricOp::Kind::kMessage;
+    op->sink = message.sink;
+    op->split = nullptr;
+    op->stamp = tick_.load(std::memory_order_relaxed);
+    op->shared = op->abandoned = false;
+    enqueue(peers_[op->peer], op);
+  }
+}
+
+void EngineCore::on_message(std::span<const std::byte> bytes) {
+  try {
+    ByteReader in(bytes, "message");
+    if (in.get<uint32_t>() != kMessageMagic) in.malformed("its magic number is wrong");
+    auto type = in.get<uint8_t>();
+    auto sender = in.blob();
+    Bytes from(sender.begin(), sender.end());
+    if (type == kUser) {
+      auto payload = in.rest();
+      receive_user({Address(std::move(from)), Bytes(payload.begin(), payload.end())});
+    } else if (type == kBarrier) {
+      auto hash = in.get<uint64_t>();
+      auto generation = in.get<uint32_t>();
+      auto number = in.get<uint64_t>();
+      in.finish();
+      receive_barrier(from, hash, generation, number);
+    } else {
+      in.malformed("its type is unknown");
+    }
+  } catch (const Error& error) {
+    on_error(error);
+  }
+}
+
+void EngineCore::receive_user(Message message) {
+  std::lock_guard lock(inbox_mutex_);
+  if (inbox_.size() >= kMaxUnread) {
+    throw Error(ErrorKind::kFabric, "4096 messages are unread; one more was dropped");
+  }
+  inbox_.push_back(std::move(message));
+  inbox_size_.store(inbox_.size(), std::memory_order_release);
+  bump(counters_.receives);
+}
+
+Message EngineCore::recv(std::optional<Duration> timeout) {
+  auto until = deadline(timeout);
+  for (;;) {
+    wait([&] { return inbox_size_.load(std::memory_order_acquire) > 0 || closed(); }, until);
+    std::lock_guard lock(inbox_mutex_);
+    if (!inbox_.empty()) {
+      Message message = std::move(inbox_.front());
+      inbox_.pop_front();
+      inbox_size_.store(inbox_.size(), std::memory_order_release);
+      return message;
+    }
+    require_open();
+    if (Clock::now() >= until)
+      throw Error(ErrorKind::kTimeout, "recv: no message arrived before the deadline");
+  }
+}
+
+std::shared_ptr<PeerGroup> EngineCore::peer_group(const std::vector<Address>& members, uint32_t id) {
+  auto group = std::make_shared<GroupImpl>(shared_from_this(), members, id, address_);
+  require_open();
+  Locked locked(*this);
+  if (fabric_closed_) require_open();
+  for (size_t rank = 0; rank < members.size(); ++rank) {
+    bool self = rank == group->rank();
+    group->peers.push_back(self ? UINT32_MAX : connect(members[rank].bytes()));
+    group->labels.push_back("rank " + std::to_string(rank) + " " +
+                            decode_address(members[rank].bytes()).label());
+  }
+  group->generation = group_generations_[group->hash]++;
+  GroupKey key{group->hash, group->generation};
+  if (auto early = early_barriers_.find(key); early != early_barriers_.end()) {
+    for (const auto& [from, number] : early->second) group->arrive(from, number);
+    early_barriers_.erase(early);
+  }
+  std::erase_if(groups_, [](const auto& entry) { return entry.second.expired(); });
+  groups_[key] = group;
+  return group;
+}
+
+void EngineCore::receive_barrier(const Bytes& from, uint64_t hash, uint32_t generation, uint64_t number) {
+  GroupKey key{hash, generation};
+  auto known = groups_.find(key);
+  if (known != groups_.end()) {
+    if (auto group = known->second.lock()) group->arrive(from, number);
+    return;
+  }
+  auto made = group_generations_.find(hash);
+  if (made != group_generations_.end() && generation < made->second) return;  // of a group that is gone
+  if (early_barriers_.size() >= kMaxUnread) {
+    throw Error(ErrorKind::kPeer, "barriers of 4096 groups unknown here; one more was dropped");
+  }
+  auto& last = early_barriers_[key][from];
+  last = std::max(last, number);
+}
+
+void EngineCore::barrier(PeerGroup& base, std::optional<Duration> timeout) {
+  auto& group = static_cast<GroupImpl&>(base);
+  if (group.core().get() != this)
+    throw Error(ErrorKind::kInvalidArgument, "the group belongs to another engine");
+  require_open();
+  auto until = deadline(timeout);
+  uint64_t number = group.entered.fetch_add(1) + 1;
+  Bytes message = message_header(kBarrier);
+  ByteWriter body;
+  body.put(group.hash);
+  body.put(group.generation);
+  body.put(number);
+  Bytes tail = body.take();
+  message.insert(message.end(), tail.begin(), tail.end());
+  {
+    Locked locked(*this);
+    if (fabric_closed_) require_open();
+    for (size_t rank = 0; rank < group.size(); ++rank) {
+      if (rank == group.rank()) continue;
+      queue_message(group.peers[rank], message, new BarrierSink(group.shared_from_this()));
+    }
+  }
+  bool passed = wait([&] { return group.passed(number) || group.failed.load() || closed(); }, until);
+  if (passed && group.passed(number)) return;
+  require_open();
+  if (group.failed.load()) throw group.error();
+  throw Error(ErrorKind::kTimeout, "barrier " + std::to_string(number) + " of group " +
+                                       std::to_string(group.id) + ": still missing " + group.missing(number));
+}
+
+}  // namespace pplx

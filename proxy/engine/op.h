@@ -1,0 +1,139 @@
+// One operation under way, and where operations come from and wait.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "proxy/engine/engine.h"
+#include "proxy/fabric/fabric.h"
+
+namespace pplx {
+
+// A write longer than the fabric takes at once. The last piece carries the immediate and is posted only
+// when all others are visible at the target.
+struct SplitWrite {
+  CompletionSink* sink;
+  size_t outstanding;  // pieces before the last that are not complete
+  struct Op* last;
+  std::optional<Error> error;
+};
+
+struct Op : FabricOp {
+  Op* next;  // in a queue or free list
+  Op* before;
+  Op* after;  // in its peer's list of posted operations
+  CompletionSink* sink;
+  SplitWrite* split;
+  uint32_t stamp;  // the engine's tick when it was submitted
+  uint32_t slot;   // messages: index of the send buffer
+  bool shared;     // belongs to the shared pool
+  bool abandoned;  // its caller has been told that it failed; the provider still holds it
+};
+
+// First in, first out.
+class OpQueue {
+ public:
+  bool empty() const { return head_ == nullptr; }
+  Op* front() const { return head_; }
+  void push(Op* op) {
+    op->next = nullptr;
+    (head_ == nullptr ? head_ : tail_->next) = op;
+    tail_ = op;
+  }
+  void push_front(Op* op) {
+    op->next = head_;
+    if (head_ == nullptr) tail_ = op;
+    head_ = op;
+  }
+  Op* pop() {
+    Op* op = head_;
+    head_ = op->next;
+    return op;
+  }
+
+ private:
+  Op* head_ = nullptr;
+  Op* tail_ = nullptr;
+};
+
+// The operations of one peer that the fabric holds, oldest first.
+class OpList {
+ public:
+  Op* front() const { return head_; }
+  void push(Op* op) {
+    op->before = tail_;
+    op->after = nullptr;
+    (tail_ == nullptr ? head_ : tail_->after) = op;
+    tail_ = op;
+  }
+  void erase(Op* op) {
+    (op->before == nullptr ? head_ : op->before->after) = op->after;
+    (op->after == nullptr ? tail_ : op->after->before) = op->before;
+  }
+
+ private:
+  Op* head_ = nullptr;
+  Op* tail_ = nullptr;
+};
+
+// Any thread pushes; the holder of the progress lock takes everything, in the order of arrival.
+class SubmissionQueue {
+ public:
+  void push(Op* op) {
+    op->next = head_.load(std::memory_order_relaxed);
+    while (!head_.compare_exchange_weak(op->next, op, std::memory_order_seq_cst, std::memory_order_relaxed)) {
+    }
+  }
+  bool empty() const { return head_.load(std::memory_order_seq_cst) == nullptr; }
+  OpQueue take() {
+    Op* reversed = nullptr;
+    for (Op* op = head_.exchange(nullptr, std::memory_order_acquire); op != nullptr;) {
+      Op* next = op->next;
+      op->next = reversed;
+      reversed = op;
+      op = next;
+    }
+    OpQueue queue;
+    while (reversed != nullptr) {
+      Op* next = reversed->next;
+      queue.push(reversed);
+      reversed = next;
+    }
+    return queue;
+  }
+
+ private:
+  std::atomic<Op*> head_{nullptr};
+};
+
+// Operations are recycled and freed only with the pool: a provider may keep pointing at one that was given
+// up. Not thread-safe by itself: the core guards one by the progress lock and a second one, for threads that
+// could not get it, by a mutex of its own.
+class OpPool {
+ public:
+  Op* take() {
+    if (free_ == nullptr) grow();
+    Op* op = free_;
+    free_ = op->next;
+    return op;
+  }
+  void put(Op* op) {
+    op->next = free_;
+    free_ = op;
+  }
+
+ private:
+  static constexpr size_t kChunk = 256;
+  void grow() {
+    chunks_.push_back(std::make_unique<Op[]>(kChunk));
+    for (size_t i = 0; i < kChunk; ++i) put(&chunks_.back()[i]);
+  }
+  std::vector<std::unique_ptr<Op[]>> chunks_;
+  Op* free_ = nullptr;
+};
+
+}  // namespace pplx

@@ -1,0 +1,41 @@
+// What the opaque bytes of an Address hold.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace pplx {
+
+using EngineId = std::array<std::byte, 16>;
+
+struct PeerAddress {
+  std::string fabric;    // "sim" or "libfabric": which implementation reads `endpoints`
+  std::string provider;  // the provider for libfabric, the network for sim
+  EngineId engine{};     // random: no two engines are ever the same, restarted ones included
+  uint32_t pid = 0;
+  uint64_t pid_namespace = 0;  // pids compare only within one; 0: unknown
+  std::string host;
+  std::vector<std::vector<std::byte>> endpoints;
+
+  // For messages to people: "host:pid (engine 1a2b3c4d)".
+  std::string label() const;
+};
+
+PeerAddress make_address(std::string fabric, std::string provider);  // of this process, without endpoints
+std::vector<std::byte> encode(const PeerAddress& address);
+PeerAddress decode_address(std::span<const std::byte> bytes);  // throws kInvalidArgument
+
+struct DescriptorFields {
+  std::vector<std::byte> address;
+  uint64_t base = 0;  // what writes add their offset to; a virtual address or 0, as the provider wants it
+  uint64_t length = 0;
+  std::vector<uint64_t> keys;  // one a domain
+};
+
+std::vector<std::byte> encode(const DescriptorFields& descriptor);
+DescriptorFields decode_descriptor(std::span<const std::byte> bytes);  // throws kInvalidArgument
+
+}  // namespace pplx

@@ -1,0 +1,18 @@
+#include "proxy/fabric/fabric.h"
+
+#include "proxy/fabric/libfabric.h"
+#include "proxy/fabric/sim.h"
+
+namespace pplx {
+
+std::unique_ptr<Fabric> make_fabric(const EngineConfig& config) {
+  if (config.fabric.empty()) throw Error(ErrorKind::kInvalidArgument, "EngineConfig.fabric is empty");
+  if (config.endpoints < 1 || config.endpoints > 64) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "EngineConfig.endpoints is " + std::to_string(config.endpoints) + ", not in 1..64");
+  }
+  if (config.fabric == "local" || config.fabric == "sim") return make_sim(config);
+  return make_libfabric(config);
+}
+
+}  // namespace pplx

@@ -1,0 +1,91 @@
+// Shared by the tests: the fabrics they run over and a pair of engines.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "proxy/engine/engine.h"
+
+namespace pplx::testing {
+
+using namespace std::chrono_literals;
+
+struct FabricCase {
+  std::string name;
+  EngineConfig config;
+};
+
+inline void PrintTo(const FabricCase& fabric, std::ostream* out) { *out << fabric.name; }
+
+inline EngineConfig local() {
+  EngineConfig config;
+  config.timeout = 10s;
+  return config;
+}
+
+inline EngineConfig sim(uint64_t seed) {
+  EngineConfig config = local();
+  config.fabric = "sim";
+  config.sim.seed = seed;
+  config.sim.reorder = true;
+  config.sim.max_delay = 4;
+  config.sim.max_pieces = 5;
+  config.sim.stall_every = 50;
+  return config;
+}
+
+inline EngineConfig provider(const std::string& name, int endpoints = 1) {
+  EngineConfig config = local();
+  config.fabric = name;
+  config.endpoints = endpoints;
+  return config;
+}
+
+inline std::vector<FabricCase> all_fabrics() {
+  auto split = sim(4);
+  split.sim.max_write = 4096;
+  auto tight = sim(5);
+  tight.sim.queue_depth = 4;
+  return {{"local", local()},       {"sim_seed1", sim(1)},    {"sim_seed2", sim(2)},
+          {"sim_seed3", sim(3)},    {"sim_split", split},     {"sim_tight", tight},
+          {"tcp", provider("tcp")}, {"shm", provider("shm")}, {"tcp_x4", provider("tcp", 4)}};
+}
+
+inline std::string case_name(const ::testing::TestParamInfo<FabricCase>& info) { return info.param.name; }
+
+inline void fill_random(std::byte* data, size_t size, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  for (size_t i = 0; i < size; ++i) data[i] = static_cast<std::byte>(rng());
+}
+
+template <typename Function>
+ErrorKind kind_of(Function&& function) {
+  try {
+    function();
+  } catch (const Error& error) {
+    EXPECT_FALSE(std::string(error.what()).empty());
+    return error.kind();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return ErrorKind::kRouting;
+}
+
+inline uint64_t wait_done(TransferEngine& engine, const CompletionCounter& counter, uint64_t n,
+                          Duration timeout = 20s) {
+  engine.wait_until([&] { return counter.done() >= n; }, Clock::now() + timeout);
+  return counter.done();
+}
+
+// Two engines of one process, `a` writing to `b`.
+class PairTest : public ::testing::TestWithParam<FabricCase> {
+ protected:
+  TransferEngine a{GetParam().config};
+  TransferEngine b{GetParam().config};
+};
+
+}  // namespace pplx::testing
