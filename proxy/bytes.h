@@ -39,18 +39,23 @@ class ByteWriter {
   template <typename T>
   requires std::is_integral_v<T>
   void put(T value) { raw({reinterpret_cast<const std::byte*>(&value), sizeof value}); }
-  void raw(std::span<const std::byte> bytes) { bytes_.insert(bytes_.end(), bytes.begin(), bytes.end()); }
+  void raw(std::span<const std::byte> bytes) {
+    bytes_.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  }
   void blob(std::span<const std::byte> bytes) {
     if (bytes.size() > UINT16_MAX) throw Error(ErrorKind::kInvalidArgument, "a field exceeds 65535 bytes");
     put(static_cast<uint16_t>(bytes.size()));
     raw(bytes);
   }
   void text(std::string_view text) { blob(std::as_bytes(std::span(text))); }
-  void checksum() { put(fnv1a(bytes_)); }
-  std::vector<std::byte> take() { return std::move(bytes_); }
+  void checksum() { put(fnv1a(std::as_bytes(std::span(bytes_)))); }
+  std::vector<std::byte> take() const {
+    const auto bytes = std::as_bytes(std::span(bytes_));
+    return {bytes.begin(), bytes.end()};
+  }
 
  private:
-  std::vector<std::byte> bytes_;
+  std::string bytes_;  // g++ 12 warns wrongly of overflows in a vector's insert and resize
 };
 
 // Throws kInvalidArgument, naming `what`, when the bytes end early.

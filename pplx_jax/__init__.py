@@ -1,0 +1,37 @@
+"""Expert parallelism for JAX: MoE dispatch and combine as XLA custom calls over any RDMA network."""
+
+from pplx_jax.config import ExchangeConfig, Memory
+from pplx_jax.engine import Address, RegionDescriptor, SimOptions, TransferEngine
+from pplx_jax.errors import (
+    FabricError,
+    GroupClosedError,
+    MismatchError,
+    PeerError,
+    PplxError,
+    RoutingError,
+    TimeoutError,  # noqa: A004 - the field's name for it
+)
+from pplx_jax.expert_parallel import Batch, ExpertParallel, Route
+from pplx_jax.remat import moe_remat
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Address",
+    "Batch",
+    "ExchangeConfig",
+    "ExpertParallel",
+    "FabricError",
+    "GroupClosedError",
+    "Memory",
+    "MismatchError",
+    "PeerError",
+    "PplxError",
+    "RegionDescriptor",
+    "Route",
+    "RoutingError",
+    "SimOptions",
+    "TimeoutError",
+    "TransferEngine",
+    "moe_remat",
+]

@@ -1,0 +1,94 @@
+"""How the ranks of a group find each other: over ``jax.distributed``'s key-value store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from pplx_jax import compat
+from pplx_jax.errors import FabricError, TimeoutError
+
+
+def host_identity() -> str:
+    """Equal for processes that share a kernel, hence shared memory: host name and boot id."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        shm = Path("/dev/shm").stat().st_dev
+    except OSError:
+        boot, shm = "", 0
+    return f"{socket.gethostname()}/{boot}/{shm}"
+
+
+def address_towards(target: str | None) -> str:
+    """The local IP address from which ``target`` (``host:port``) is reached. Sends nothing."""
+    host = (target or "127.0.0.1").rsplit(":", 1)[0].strip("[]") or "127.0.0.1"
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise FabricError(f"no route towards {host}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """All-to-all exchange of small byte strings between the processes of one group.
+
+    Args:
+      scope: prefix of every key; equal on all processes, used once.
+      process: this process's index in ``processes``.
+      processes: JAX process indices that take part.
+      timeout: seconds to wait for the others.
+    """
+
+    scope: str
+    process: int
+    processes: tuple[int, ...]
+    timeout: float
+
+    def exchange(self, stage: str, value: bytes) -> Mapping[int, bytes]:
+        """Publishes ``value``; returns everybody's, by process index.
+
+        Raises:
+          TimeoutError: naming the first process that published nothing in time.
+          FabricError: without ``jax.distributed`` although there are several processes.
+        """
+        if self.processes == (self.process,):
+            return {self.process: value}
+        client = compat.coordination_client()
+        if client is None:
+            raise FabricError(
+                "the mesh spans several processes but jax.distributed is not initialised: call "
+                "jax.distributed.initialize() first"
+            )
+        client.key_value_set_bytes(self._key(stage, self.process), value)
+        deadline = time.monotonic() + self.timeout
+        values = {}
+        for process in self.processes:
+            left = max(0.001, deadline - time.monotonic())
+            try:
+                values[process] = client.blocking_key_value_get_bytes(
+                    self._key(stage, process), int(left * 1000) + 1
+                )
+            except Exception as error:
+                raise TimeoutError(
+                    f"process {process} did not reach stage '{stage}' of connecting {self.scope} within "
+                    f"{self.timeout:g} s: is it running the same program? ({error})"
+                ) from error
+        return values
+
+    def exchange_json(self, stage: str, value: object) -> Mapping[int, object]:
+        """The same for values that JSON can hold."""
+        return {p: json.loads(v) for p, v in self.exchange(stage, json.dumps(value).encode()).items()}
+
+    def barrier(self, stage: str) -> None:
+        """Returns once every process is here."""
+        self.exchange(f"{stage}/barrier", b"here")
+
+    def _key(self, stage: str, process: int) -> str:
+        return f"pplx_jax/{self.scope}/{stage}/{process}"

@@ -1,0 +1,79 @@
+"""Everything that touches JAX internals or differs between JAX versions (0.10.2 to 0.11.2 are tested)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, cast
+
+import jax
+import numpy as np
+from jax._src import distributed  # the coordination service has no public accessor
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
+
+
+class CoordinationClient(Protocol):
+    """The part of ``jax.distributed``'s client that bootstrap needs. Time-outs are in milliseconds."""
+
+    def key_value_set_bytes(self, key: str, value: bytes) -> None: ...
+    def blocking_key_value_get_bytes(self, key: str, timeout_in_ms: int) -> bytes: ...
+    def key_value_delete(self, key: str) -> None: ...
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None: ...
+
+
+def coordination_client() -> CoordinationClient | None:
+    """The client of ``jax.distributed.initialize``, or None where that was not called."""
+    return cast("CoordinationClient | None", distributed.global_state.client)
+
+
+def coordinator_address() -> str | None:
+    """``host:port`` of the coordination service, or None."""
+    return cast("str | None", distributed.global_state.coordinator_address)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes over which ``x`` may differ from shard to shard; empty outside ``shard_map``."""
+    return frozenset(cast("Iterable[str]", jax.typeof(x).manual_axis_type.varying))
+
+
+def bound_axes() -> frozenset[str]:
+    """Names of the mesh axes that are manual where we trace: those of the enclosing ``shard_map``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset(mesh.manual_axes) if not mesh.empty else frozenset()
+
+
+def checks_replication(x: jax.Array, axes: Iterable[str]) -> bool:
+    """Whether the enclosing ``shard_map`` has ``check_vma=True``: only then do types say what varies."""
+    if varying_axes(x):
+        return True
+    marked = jax.lax.pcast(x, tuple(axes), to="varying")
+    return bool(varying_axes(marked))
+
+
+def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """``x``, its type varying over ``axes`` as well. The transpose sums over the axes that were added."""
+    missing = tuple(axis for axis in sorted(axes) if axis not in varying_axes(x))
+    return cast(jax.Array, jax.lax.pcast(x, missing, to="varying")) if missing else x
+
+
+def result_type(
+    like: Sequence[jax.Array], shape: tuple[int, ...], dtype: np.typing.DTypeLike
+) -> jax.ShapeDtypeStruct:
+    """Type of a custom call's result that varies wherever one of its operands does.
+
+    A plain ShapeDtypeStruct would claim "replicated", which JAX believes.
+    """
+    axes = frozenset[str]().union(*(varying_axes(x) for x in like))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.ShapeDtypeStruct(
+        shape,
+        dtype,
+        sharding=NamedSharding(mesh, PartitionSpec(*([None] * len(shape)))),
+        manual_axis_type=ManualAxisType(varying=axes),
+    )
+
+
+def zero_cotangent(x: jax.Array) -> Any:
+    """The cotangent of an integer operand."""
+    return np.zeros(x.shape, jax.dtypes.float0)

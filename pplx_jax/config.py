@@ -1,0 +1,159 @@
+"""What an exchange is, as a value: no device, no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from pplx_jax import _core
+
+#: Tokens of a round when ``chunk`` is not given.
+DEFAULT_CHUNK = 512
+MAX_TOP_K = 16
+MAX_DEPTH = 7
+MAX_RANKS = 2048
+_DTYPES = {"float32": _core.DType.float32, "bfloat16": _core.DType.bfloat16}
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int in {low}..{high}, got {value!r} ({type(value).__name__})")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+    return int(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of exchange memory on one rank."""
+
+    regions: int
+    """Receive regions: one a source and lane."""
+    staging: int
+    """Send buffers: one a lane."""
+    tokens: int
+    """``batch.tokens`` of a step of ``max_tokens``; XLA's memory, not the group's."""
+
+    @property
+    def total(self) -> int:
+        """Regions and staging: what the group itself allocates."""
+        return self.regions + self.staging
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+    """Shape of a group's exchanges. Frozen, hashable, equal by value; does no I/O.
+
+    Args:
+      num_experts: experts of the layer, E, over all ranks. Expert ``e`` lies on rank
+        ``e // ceil(E / R)`` unless an ``expert_map`` says otherwise; R need not divide E.
+      top_k: experts of a token, K, 1 to 16 and at most ``num_experts``.
+      hidden: elements of a token's row, H.
+      max_tokens: most tokens of one rank in a step.
+      dtype: of tokens and rows: float32 or bfloat16.
+      rows: most rows a rank receives: a count (int), or a factor (float) of the balanced load
+        ``tokens * top_k``. None: room for the worst case. See ``on_overflow``.
+      chunk: tokens that one region holds; a larger step goes in rounds. Bounds the group's memory. Default
+        ``min(max_tokens, 512)``.
+      depth: exchanges that may be between send and recv; memory grows with it.
+      layout: "ragged": rows of one expert after another, ``group_sizes`` for ``jax.lax.ragged_dot``.
+      alignment: every expert's first row is a multiple of this; padding rows are zero and count in
+        ``group_sizes``.
+      zero_tail: rows at and past ``sum(group_sizes)`` are zero; otherwise unspecified and never read.
+      on_overflow: "raise" (a ``RoutingError``; outputs are NaN) or "drop": every expert keeps its first
+        ``c`` rows with the largest common ``c`` that fits, dropped pairs contribute nothing, forward and
+        backward, and ``batch.num_dropped`` counts them.
+
+    Raises:
+      TypeError, ValueError: which field, what it was, what is allowed.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    max_tokens: int
+    dtype: Any = jnp.bfloat16
+    rows: int | float | None = None
+    chunk: int | None = None
+    depth: int = 1
+    layout: Literal["ragged"] = "ragged"
+    alignment: int = 1
+    zero_tail: bool = True
+    on_overflow: Literal["raise", "drop"] = "raise"
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "num_experts", _integer("num_experts", self.num_experts, 1, 65535))
+        put(self, "top_k", _integer("top_k", self.top_k, 1, min(MAX_TOP_K, self.num_experts)))
+        put(self, "hidden", _integer("hidden", self.hidden, 1, 1 << 20))
+        put(self, "max_tokens", _integer("max_tokens", self.max_tokens, 1, 1 << 20))
+        chunk = min(self.max_tokens, DEFAULT_CHUNK) if self.chunk is None else self.chunk
+        put(self, "chunk", _integer("chunk", chunk, 1, self.max_tokens))
+        put(self, "depth", _integer("depth", self.depth, 1, MAX_DEPTH))
+        put(self, "alignment", _integer("alignment", self.alignment, 1, 4096))
+        try:
+            put(self, "dtype", np.dtype(self.dtype))
+        except TypeError as error:
+            raise TypeError(f"dtype must be float32 or bfloat16, got {self.dtype!r}") from error
+        if self.dtype.name not in _DTYPES:
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype.name}")
+        if isinstance(self.rows, float):
+            if not (math.isfinite(self.rows) and self.rows > 0):
+                raise ValueError(f"rows as a factor of the balanced load must be > 0, got {self.rows}")
+        elif self.rows is not None:
+            put(self, "rows", _integer("rows", self.rows, 1, (1 << 31) - 1))
+        if self.layout != "ragged":
+            raise ValueError(f'layout must be "ragged", got {self.layout!r}')
+        if self.on_overflow not in ("raise", "drop"):
+            raise ValueError(f'on_overflow must be "raise" or "drop", got {self.on_overflow!r}')
+        if not isinstance(self.zero_tail, bool):
+            raise TypeError(f"zero_tail must be a bool, got {self.zero_tail!r}")
+
+    def experts_per_rank(self, num_ranks: int) -> int:
+        """Experts of one rank, ``ceil(num_experts / num_ranks)``; the last ranks may hold fewer."""
+        return -(-self.num_experts // num_ranks)
+
+    def num_rows(self, num_ranks: int, tokens: int | None = None, experts_per_rank: int | None = None) -> int:
+        """Rows M of ``batch.tokens`` for a step of ``tokens`` (default ``max_tokens``) on each of
+        ``num_ranks`` ranks: the worst case, or ``rows`` where that is less."""
+        tokens = self.max_tokens if tokens is None else tokens
+        experts = self.experts_per_rank(num_ranks) if experts_per_rank is None else experts_per_rank
+        worst = num_ranks * tokens * min(self.top_k, experts) + experts * (self.alignment - 1)
+        if self.rows is None:
+            return worst
+        rows = math.ceil(self.rows * tokens * self.top_k) if isinstance(self.rows, float) else self.rows
+        return min(rows, worst)
+
+    def memory(self, num_ranks: int, experts_per_rank: int | None = None) -> Memory:
+        """Bytes that a group of ``num_ranks`` allocates on each rank."""
+        num_ranks = _integer("num_ranks", num_ranks, 1, MAX_RANKS)
+        experts = self.experts_per_rank(num_ranks) if experts_per_rank is None else experts_per_rank
+        region, staging = self.shape(0, num_ranks, experts).buffer_bytes()
+        lanes = 2 * self.depth
+        rows = self.num_rows(num_ranks, experts_per_rank=experts)
+        return Memory(
+            regions=lanes * num_ranks * region,
+            staging=lanes * staging,
+            tokens=rows * self.hidden * self.dtype.itemsize,
+        )
+
+    def shape(self, rank: int, num_ranks: int, experts_per_rank: int) -> _core.MoeShape:
+        """The same for the C++ side."""
+        shape = _core.MoeShape()
+        shape.rank = rank
+        shape.num_ranks = num_ranks
+        shape.num_experts = self.num_experts
+        shape.experts_per_rank = experts_per_rank
+        shape.top_k = self.top_k
+        shape.hidden = self.hidden
+        shape.max_tokens = self.max_tokens
+        shape.chunk = self.chunk
+        shape.alignment = self.alignment
+        shape.dtype = _DTYPES[self.dtype.name]
+        shape.zero_tail = self.zero_tail
+        shape.drop = self.on_overflow == "drop"
+        return shape

@@ -1,0 +1,222 @@
+"""A group's connections on this process: one C++ member for each local device of the mesh."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pplx_jax import _core, bootstrap, compat
+from pplx_jax.errors import GroupClosedError, MismatchError, make_error
+from pplx_jax.fabric import Fabric
+
+if TYPE_CHECKING:
+    from pplx_jax.expert_parallel import ExpertParallel
+
+#: XLA aborts a process whose in-process collective is stuck for 60 s; our waits end before.
+_SHARED_PROCESS_STALL = 50.0
+_FIRST_CALL_FACTOR = 3
+
+_lock = threading.RLock()
+#: The youngest group of each id that is not closed: what a program's first exchange connects.
+_known: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
+#: Connected groups by name.
+_live: dict[str, Membership] = {}
+#: How often each group id was connected: every connection has keys of its own in the key-value store.
+_generations: dict[int, int] = {}
+
+
+class Membership:
+    """Connects, checks and closes on behalf of an ``ExpertParallel``."""
+
+    def __init__(self, group: ExpertParallel, fabric: Fabric, timeout: float, stall_timeout: float) -> None:
+        self._group_id = group.group_id
+        self._name = group.name
+        self._value = repr(group._value)
+        self._mesh = group.mesh
+        self._axes = group.axes
+        self._config = group.config
+        self._experts_per_rank = group.experts_per_rank
+        self._num_ranks = group.num_ranks
+        self._fabric = fabric
+        self._timeout = timeout
+        self._stall_timeout = stall_timeout
+        self._members: dict[int, _core.Member] = {}
+        self._closed = False
+        self._connect_lock = threading.Lock()
+        _known[self._group_id] = self
+
+    @property
+    def state(self) -> str:
+        return "closed" if self._closed else "connected" if self._members else "not connected"
+
+    @staticmethod
+    def connect_by_id(group_id: int) -> None:
+        """What the first exchange of a program calls when its group is not connected."""
+        membership = _known.get(group_id)
+        if membership is not None:
+            membership.connect()
+
+    # --- connect ---
+
+    def connect(self) -> None:
+        with self._connect_lock:
+            if self._closed:
+                raise GroupClosedError(f"group '{self._name}' was closed: make a new, equal one to reopen it")
+            if self._members:
+                return
+            if not isinstance(self._mesh, Mesh):
+                raise ValueError("the group's mesh is abstract: connecting needs a Mesh with devices")
+            with _lock:
+                other = _live.get(self._name)
+                if other is not None:
+                    raise ValueError(
+                        f"a group named '{self._name}' is already connected in this process: close() it, or "
+                        f"give this one another name="
+                    )
+                _live[self._name] = self
+                generation = _generations[self._group_id] = _generations.get(self._group_id, -1) + 1
+            try:
+                self._members = self._open(self._mesh, generation)
+            except BaseException:
+                with _lock:
+                    _live.pop(self._name, None)
+                raise
+
+    def _open(self, mesh: Mesh, generation: int) -> dict[int, _core.Member]:
+        ranks = self._ranks(mesh)
+        process = jax.process_index()
+        processes = tuple(sorted({device.process_index for device in mesh.devices.flat}))
+        if process not in processes:
+            raise ValueError(f"process {process} has no device in the group's mesh")
+        boot = bootstrap.Bootstrap(f"{self._group_id:x}/{generation}", process, processes, self._timeout)
+        fabric, address = self._choose_fabric(boot)
+        local = {
+            device.id: place for device, place in ranks.items() if device.process_index == process
+        }
+        members: dict[int, _core.Member] = {}
+        try:
+            for device, (slice_index, rank) in local.items():
+                shape = self._config.shape(rank, self._num_ranks, self._experts_per_rank)
+                config = self._group_config(fabric, address, len(local) > 1)
+                _set_network(config, fabric, f"{self._group_id:x}/{generation}/{slice_index}", rank)
+                members[device] = _core.Member(self._group_id, device, shape, config)
+            endpoints = self._exchange_endpoints(boot, members)
+            for device, (slice_index, _) in local.items():
+                peers = {rank: d.id for d, (s, rank) in ranks.items() if s == slice_index}
+                members[device].connect([endpoints[peers[rank]] for rank in range(self._num_ranks)])
+            boot.barrier("connected")
+        except BaseException:
+            for member in members.values():
+                member.close()
+            raise
+        for member in members.values():
+            member.publish()
+        return members
+
+    def _ranks(self, mesh: Mesh) -> dict[Any, tuple[int, int]]:
+        """Device -> (slice, rank): a slice for each position along the mesh's other axes."""
+        others = [axis for axis in mesh.axis_names if axis not in self._axes]
+        order = [mesh.axis_names.index(axis) for axis in (*others, *self._axes)]
+        table = np.transpose(mesh.devices, order).reshape(-1, self._num_ranks)
+        return {table[s, r]: (s, r) for s in range(table.shape[0]) for r in range(table.shape[1])}
+
+    def _choose_fabric(self, boot: bootstrap.Bootstrap) -> tuple[Fabric, str]:
+        """The fabric that all processes use, and the address to listen on."""
+        fabric = self._fabric
+        alone = len(boot.processes) == 1
+        if fabric.in_process and not alone:
+            raise ValueError(f"fabric '{fabric.name}' reaches only ranks of one process; use 'shm' or 'tcp'")
+        hello = {"host": bootstrap.host_identity(), "fabric": repr(fabric), "value": self._value}
+        everybody = cast("dict[int, dict[str, str]]", boot.exchange_json("hello", hello))
+        for process, other in everybody.items():
+            for what in ("value", "fabric"):
+                if other[what] != hello[what]:
+                    raise MismatchError(
+                        f"group '{self._name}' is configured differently on process {boot.process} "
+                        f"({hello[what]}) and on process {process} on {other['host'].split('/')[0]} "
+                        f"({other[what]}): give every rank the same arguments"
+                    )
+        one_host = len({other["host"] for other in everybody.values()}) == 1
+        if fabric.name == "auto":
+            fabric = Fabric("local" if alone else "shm" if one_host else "tcp", fabric.endpoints)
+        address = "127.0.0.1" if one_host else bootstrap.address_towards(compat.coordinator_address())
+        return fabric, address
+
+    def _group_config(self, fabric: Fabric, address: str, shares_process: bool) -> _core.GroupConfig:
+        config = _core.GroupConfig()
+        config.name = self._name
+        config.depth = self._config.depth
+        config.fingerprint = self._group_id
+        config.fingerprint_text = self._value
+        stall, first = self._stall_timeout, self._stall_timeout * _FIRST_CALL_FACTOR
+        if shares_process:
+            stall, first = min(stall, _SHARED_PROCESS_STALL), min(first, _SHARED_PROCESS_STALL)
+        config.set_timeouts(self._timeout, stall, first)
+        config.set_fabric(fabric.name, fabric.endpoints, address)
+        return config
+
+    def _exchange_endpoints(
+        self, boot: bootstrap.Bootstrap, members: dict[int, _core.Member]
+    ) -> dict[int, bytes]:
+        mine = {str(d): base64.b64encode(member.endpoint()).decode() for d, member in members.items()}
+        everybody = cast("dict[int, dict[str, str]]", boot.exchange_json("endpoints", mine))
+        return {int(d): base64.b64decode(e) for other in everybody.values() for d, e in other.items()}
+
+    # --- use ---
+
+    def check(self, sync: bool) -> None:
+        if sync and isinstance(self._mesh, Mesh):
+            for device in self._mesh.local_devices:
+                jax.block_until_ready(jnp.zeros((), jnp.int32, device=device) + 1)
+        failures = [f for member in self._members.values() if (f := member.failure()) is not None]
+        errors = [e for member in self._members.values() if (e := member.take_data_error()) is not None]
+        for name, text in (*failures, *errors):
+            raise make_error(name, text)
+
+    def stats(self) -> dict[str, Any]:
+        ranks = [member.stats() for member in self._members.values()]
+        memory = self._config.memory(self._num_ranks, self._experts_per_rank)
+        return {
+            "name": self._name,
+            "state": self.state,
+            "fabric": ranks[0]["fabric"] if ranks else None,
+            "memory": {"regions": memory.regions, "staging": memory.staging, "total": memory.total},
+            "ranks": ranks,
+        }
+
+    def close(self) -> None:
+        with self._connect_lock:
+            if self._closed:
+                return
+            self._closed = True
+            with _lock:
+                if _live.get(self._name) is self:
+                    del _live[self._name]
+                if _known.get(self._group_id) is self:
+                    del _known[self._group_id]
+            # Together: each tells its peers and waits for the last local completions.
+            threads = [threading.Thread(target=member.close) for member in self._members.values()]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+
+def _set_network(config: _core.GroupConfig, fabric: Fabric, network: str, rank: int) -> None:
+    """In-process fabrics: the ranks that meet, and for "sim" what happens to their traffic."""
+    options = dict(fabric.sim)
+    config.set_simulation(
+        options.get("seed", 0) * 4099 + rank,
+        network,
+        bool(options.get("reorder", 0)),
+        options.get("max_delay", 0),
+        options.get("max_pieces", 1),
+        options.get("stall_every", 0),
+    )

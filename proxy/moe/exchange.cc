@@ -1,0 +1,258 @@
+#include <cstring>
+
+#include "proxy/log.h"
+#include "proxy/moe/exchange_group.h"
+#include "proxy/moe/peer.h"
+
+namespace pplx::moe {
+namespace {
+
+constexpr auto kWarnAfter = std::chrono::seconds(10);
+
+std::string seconds(Duration duration) {
+  return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(duration).count() / 1000.0)
+             .substr(0, 6) +
+         " s";
+}
+
+std::string site_text(const char* kind, std::string_view name, uint32_t tokens, uint32_t top_k,
+                      uint32_t hidden) {
+  return std::string(kind) + " '" + std::string(name) + "' (T=" + std::to_string(tokens) +
+         ", K=" + std::to_string(top_k) + ", H=" + std::to_string(hidden) + ")";
+}
+
+}  // namespace
+
+Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, int64_t run)
+    : group_(group), lock_(group.exchange_mutex_), site_(site), round_(round), started_(Clock::now()) {
+  group.current_run_ = run;
+  number_ = group.next_exchange_++;
+  lane_ = static_cast<uint32_t>(number_ % group.lanes_);
+  first_call_ = group.seen_tags_.insert(site.tag).second;
+}
+
+Exchange::~Exchange() = default;
+
+std::string Exchange::describe() const {
+  return "group '" + group_.config_.name + "', exchange " + std::to_string(number_) + ", " +
+         site_text(kind_name(site_.kind), site_.name, site_.tokens, site_.top_k, site_.hidden);
+}
+
+Deadline Exchange::deadline() const {
+  return started_ + (first_call_ ? group_.config_.first_stall_timeout : group_.config_.stall_timeout);
+}
+
+std::byte* Exchange::message(uint32_t peer, size_t bytes) {
+  message_ = nullptr;
+  message_peer_ = peer;
+  message_bytes_ = bytes;
+  if (group_.failed_ || group_.closed_) return nullptr;
+  if (bytes > group_.config_.region_bytes) {
+    throw Error(ErrorKind::kInvalidArgument, describe() + ": a message of " + std::to_string(bytes) +
+                                                 " bytes does not fit a region of " +
+                                                 std::to_string(group_.config_.region_bytes));
+  }
+  if (peer == group_.config_.rank) {
+    message_ = group_.region(lane_, peer);  // nobody else reads or writes it
+    return message_;
+  }
+  // A send buffer is packed again only after the NIC has read its last content: at the lane's first message,
+  // and whenever this exchange has filled it.
+  if (staged_ == 0 || staged_ + bytes > group_.config_.staging_bytes) {
+    ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
+    const bool drained = group_.engine_->wait_until(
+        [&] { return lane.local.done() >= lane.posted || group_.failed_ || group_.closed_; }, deadline());
+    if (!drained) {
+      group_.fail(Error(ErrorKind::kTimeout, describe() +
+                                                 ": the network did not take what was posted before within " +
+                                                 seconds(deadline() - started_)),
+                  ExchangeGroup::kNobody);
+    }
+    if (group_.failed_ || group_.closed_) return nullptr;
+    staged_ = 0;
+  }
+  message_ = group_.staging_->data() + lane_ * group_.config_.staging_bytes + staged_;
+  return message_;
+}
+
+void Exchange::post(uint32_t slots, bool poisoned) {
+  if (message_ == nullptr) return;
+  const GroupConfig& config = group_.config_;
+  ExchangeGroup::Peer& peer = *group_.peers_[message_peer_];
+  RegionHeader header{};
+  header.magic = kMagic;
+  header.version = kWireVersion;
+  header.kind = static_cast<uint8_t>(site_.kind);
+  header.nonce = message_peer_ == config.rank ? group_.nonce_ : peer.nonce;
+  header.source = config.rank;
+  header.exchange = number_;
+  header.tag = site_.tag;
+  header.tokens = site_.tokens;
+  header.round = round_;
+  header.hidden = site_.hidden;
+  header.slots = slots;
+  header.culprit = ExchangeGroup::kNobody;
+  header.bytes = static_cast<uint32_t>(message_bytes_);
+  header.dtype = site_.dtype;
+  header.top_k = site_.top_k;
+  header.local_experts = site_.local_experts;
+  std::strncpy(header.site, site_.name.data(), std::min(site_.name.size(), sizeof(header.site) - 1));
+  if (poisoned) {
+    header.flags |= kPoisoned;
+    header.culprit = config.rank;
+  }
+  {
+    const std::lock_guard guard(group_.status_mutex_);
+    if (group_.data_error_ && group_.data_error_run_ != group_.current_run_) {
+      header.flags |= kRaise;
+      header.culprit = group_.data_error_culprit_;
+    }
+  }
+  std::memcpy(message_, &header, sizeof(header));
+  if (message_peer_ == config.rank) return;
+
+  ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
+  const size_t offset = lane_ * config.staging_bytes + staged_;
+  ++lane.posted;
+  try {
+    group_.engine_->write(
+        {.source = group_.staging_.get(),
+         .source_offset = offset,
+         .target = peer.regions.get(),
+         .target_offset = (size_t{lane_} * config.num_ranks + config.rank) * config.region_bytes,
+         .length = message_bytes_,
+         .imm = immediate(peer.nonce, config.rank, lane_)},
+        &lane.local);
+  } catch (const Error& error) {
+    --lane.posted;
+    group_.fail(Error(error.kind(), describe() + ": no message to " + group_.rank_name(message_peer_) + ": " +
+                                        error.what()),
+                message_peer_);
+    return;
+  }
+  peer.sent_bytes += message_bytes_;
+  staged_ += (message_bytes_ + 63) / 64 * 64;
+}
+
+bool Exchange::wait() {
+  const GroupConfig& config = group_.config_;
+  if (group_.failed_ || group_.closed_) return false;
+  if (!check(config.rank)) return false;
+
+  std::vector<uint32_t> missing;
+  missing.reserve(config.num_ranks);
+  for (uint32_t offset = 1; offset < config.num_ranks; ++offset) {
+    missing.push_back((config.rank + offset) % config.num_ranks);
+  }
+  const uint64_t uses = number_ / group_.lanes_ + 1;  // of the lane, this exchange included
+  std::optional<Clock::time_point> first_arrival;
+  unsigned checks = 0;
+  bool sound = true;
+  const auto arrived = [&] {
+    const size_t before = missing.size();
+    std::erase_if(missing, [&](uint32_t source) {
+      ExchangeGroup::Peer& peer = *group_.peers_[source];
+      if (peer.arrivals[lane_].value() < uses * peer.shards) return false;
+      sound = sound && check(source);
+      const auto now = Clock::now();
+      if (!first_arrival) first_arrival = now;
+      peer.waited_ns += Duration(now - *first_arrival).count();
+      return true;
+    });
+    if (missing.empty() || !sound || group_.closed_) return true;
+    // Rare news are looked at rarely: reading every peer's counters each time would cost more than the wait.
+    if (missing.size() == before && ++checks % 64 == 0) {
+      group_.read_notices();
+      const CompletionCounter& local = group_.lane_state_[lane_]->local;
+      if (local.failed() != 0) {
+        const auto error = local.error();
+        group_.fail(Error(error->kind(), describe() + ": " + error->what()), missing.front());
+      }
+      for (const uint32_t source : missing) {
+        if (!group_.peers_[source]->gone) continue;
+        group_.fail(Error(ErrorKind::kPeer, describe() + ": " + group_.rank_name(source) +
+                                                " has closed the group and will not come"),
+                    source);
+      }
+    }
+    return group_.failed_.load();
+  };
+
+  bool done = group_.engine_->wait_until(arrived, std::min(deadline(), started_ + kWarnAfter));
+  if (!done && Clock::now() < deadline()) {
+    ++group_.slow_waits_;
+    log().warn("{}: waiting for {} for {} s", describe(), group_.rank_name(missing.front()),
+               kWarnAfter.count());
+    done = group_.engine_->wait_until(arrived, deadline());
+  }
+  if (!done) {
+    std::string names;
+    for (const uint32_t source : missing) names += (names.empty() ? "" : ", ") + group_.rank_name(source);
+    group_.fail(Error(ErrorKind::kTimeout, describe() + ": " + names + " did not come within " +
+                                               seconds(deadline() - started_) +
+                                               " (stall_timeout=; more at a call's first execution)"),
+                missing.front());
+  }
+  return sound && done && !group_.failed_ && !group_.closed_;
+}
+
+bool Exchange::check(uint32_t source) {
+  const GroupConfig& config = group_.config_;
+  const RegionHeader& theirs = header(source);
+  if (theirs.magic != kMagic || theirs.version != kWireVersion || theirs.nonce != group_.nonce_ ||
+      theirs.source != source || theirs.bytes < sizeof(RegionHeader) || theirs.bytes > config.region_bytes ||
+      theirs.kind >= kKinds) {
+    reject(source, "its message's header makes no sense (other version of pplx-jax?)");
+    return false;
+  }
+  if (theirs.exchange != number_ || theirs.kind != static_cast<uint8_t>(site_.kind) ||
+      theirs.tag != site_.tag || theirs.tokens != site_.tokens || theirs.round != round_ ||
+      theirs.hidden != site_.hidden || theirs.dtype != site_.dtype || theirs.top_k != site_.top_k ||
+      theirs.local_experts != site_.local_experts) {
+    const std::string name(theirs.site, strnlen(theirs.site, sizeof(theirs.site)));
+    const auto kind = static_cast<Kind>(theirs.kind);
+    group_.fail(
+        Error(ErrorKind::kMismatch,
+              "group '" + config.name + "', exchange " + std::to_string(number_) + ": " +
+                  group_.rank_name(config.rank) + " is at " +
+                  site_text(kind_name(site_.kind), site_.name, site_.tokens, site_.top_k, site_.hidden) +
+                  ", " + group_.rank_name(source) + " at " +
+                  site_text(kind_name(kind), name, theirs.tokens, theirs.top_k, theirs.hidden) +
+                  ": all ranks must run the same exchanges in the same order (order independent ones with "
+                  "after=)"),
+        source);
+    return false;
+  }
+  group_.peers_[source]->received_bytes += source == config.rank ? 0 : theirs.bytes;
+  return true;
+}
+
+void Exchange::reject(uint32_t source, const std::string& why) {
+  group_.fail(
+      Error(ErrorKind::kPeer, describe() + ": " + group_.rank_name(source) + " broke the protocol: " + why),
+      source);
+}
+
+const RegionHeader& Exchange::header(uint32_t source) const {
+  return *reinterpret_cast<const RegionHeader*>(group_.region(lane_, source));
+}
+
+const std::byte* Exchange::body(uint32_t source) const {
+  return group_.region(lane_, source) + sizeof(RegionHeader);
+}
+
+size_t Exchange::body_bytes(uint32_t source) const { return header(source).bytes - sizeof(RegionHeader); }
+
+std::optional<Error> Exchange::raised() const {
+  for (uint32_t source = 0; source < group_.config_.num_ranks; ++source) {
+    const RegionHeader& theirs = header(source);
+    if ((theirs.flags & kRaise) == 0) continue;
+    if (const auto own = group_.data_error()) return own;
+    return Error(ErrorKind::kRouting, describe() + ": an earlier step had a data error on " +
+                                          group_.rank_name(theirs.culprit) +
+                                          "; that rank's check() tells which");
+  }
+  return std::nullopt;
+}
+
+}  // namespace pplx::moe

@@ -1,0 +1,343 @@
+#include "proxy/moe/exchange_group.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+
+#include "proxy/bytes.h"
+#include "proxy/log.h"
+#include "proxy/moe/peer.h"
+
+namespace pplx::moe {
+namespace {
+
+constexpr uint32_t kEndpointMagic = 0x50504d45;  // "EMPP"
+constexpr auto kCloseLimit = std::chrono::seconds(2);
+
+// Never zero, never repeated in a process until it wraps; starts at random, so that two processes that
+// reuse each other's addresses rarely meet the same value.
+uint32_t next_nonce() {
+  static std::atomic<uint32_t> counter{std::random_device{}()};
+  return counter.fetch_add(1) % kMaxNonce + 1;
+}
+
+std::string process_name() {
+  char host[128] = "?";
+  gethostname(host, sizeof(host) - 1);
+  return std::string(host) + " pid " + std::to_string(getpid());
+}
+
+Bytes to_bytes(std::span<const std::byte> bytes) { return {bytes.begin(), bytes.end()}; }
+
+}  // namespace
+
+ExchangeGroup::ExchangeGroup(GroupConfig config)
+    : config_(std::move(config)), lanes_(2 * config_.depth), nonce_(next_nonce()) {
+  if (config_.num_ranks == 0 || config_.num_ranks > kMaxRanks || config_.rank >= config_.num_ranks) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "group '" + config_.name + "': rank " + std::to_string(config_.rank) + " of " +
+                    std::to_string(config_.num_ranks) + " (at most " + std::to_string(kMaxRanks) + " ranks)");
+  }
+  if (lanes_ == 0 || lanes_ > kMaxLanes) {
+    throw Error(ErrorKind::kInvalidArgument, "group '" + config_.name + "': depth " +
+                                                 std::to_string(config_.depth) + " is not in 1.." +
+                                                 std::to_string(kMaxLanes / 2));
+  }
+  if (config_.region_bytes < sizeof(RegionHeader) || config_.staging_bytes < config_.region_bytes) {
+    throw Error(ErrorKind::kInvalidArgument, "group '" + config_.name + "': region or staging too small");
+  }
+  engine_ = std::make_unique<TransferEngine>(config_.engine);
+  regions_ = engine_->allocate(lanes_ * config_.num_ranks * config_.region_bytes);
+  staging_ = engine_->allocate(lanes_ * config_.staging_bytes);
+  notices_ = engine_->allocate((config_.num_ranks + 1) * 2 * sizeof(AbortNotice));
+  control_ = std::make_unique<CompletionCounter>();
+  for (uint32_t lane = 0; lane < lanes_; ++lane) lane_state_.push_back(std::make_unique<Lane>());
+  for (uint32_t source = 0; source < config_.num_ranks; ++source) {
+    auto peer = std::make_unique<Peer>();
+    if (source != config_.rank) {
+      for (uint32_t lane = 0; lane < lanes_; ++lane) {
+        peer->arrivals.push_back(engine_->watch(immediate(nonce_, source, lane)));
+      }
+      peer->heartbeats = engine_->watch(immediate(nonce_, source, kHeartbeatLane));
+      peer->notices = engine_->watch(immediate(nonce_, source, kAbortLane));
+    }
+    peers_.push_back(std::move(peer));
+  }
+}
+
+ExchangeGroup::~ExchangeGroup() { close(); }
+
+Bytes ExchangeGroup::endpoint() const {
+  ByteWriter out;
+  out.put(kEndpointMagic);
+  out.put(nonce_);
+  out.put(config_.rank);
+  out.put(uint32_t{1});  // messages are one write each: one immediate
+  out.put(config_.fingerprint);
+  out.text(config_.fingerprint_text);
+  out.text(process_name());
+  out.blob(regions_->descriptor().bytes());
+  out.blob(notices_->descriptor().bytes());
+  out.checksum();
+  return out.take();
+}
+
+void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
+  if (endpoints.size() != config_.num_ranks) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "group '" + config_.name + "': " + std::to_string(endpoints.size()) + " endpoints for " +
+                    std::to_string(config_.num_ranks) + " ranks");
+  }
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    ByteReader in(checked(endpoints[rank], "group endpoint"), "group endpoint");
+    if (in.get<uint32_t>() != kEndpointMagic) in.malformed("it has another magic number");
+    Peer& peer = *peers_[rank];
+    peer.nonce = in.get<uint32_t>();
+    const uint32_t claimed = in.get<uint32_t>();
+    peer.shards = in.get<uint32_t>();
+    const uint64_t fingerprint = in.get<uint64_t>();
+    const std::string text = in.text();
+    peer.process = in.text();
+    const RegionDescriptor regions{to_bytes(in.blob())};
+    const RegionDescriptor notices{to_bytes(in.blob())};
+    in.finish();
+    if (claimed != rank || peer.nonce == 0 || peer.nonce > kMaxNonce || peer.shards == 0 ||
+        peer.shards > 256) {
+      throw Error(ErrorKind::kPeer, "group '" + config_.name + "': " + rank_name(rank) +
+                                        " published an endpoint that makes no sense");
+    }
+    if (fingerprint != config_.fingerprint) {
+      throw Error(ErrorKind::kMismatch, "group '" + config_.name + "' is configured differently on " +
+                                            rank_name(config_.rank) + " (" + config_.fingerprint_text +
+                                            ") and on " + rank_name(rank) + " (" + text +
+                                            "): give every rank the same arguments");
+    }
+    if (rank == config_.rank) continue;
+    peer.regions = engine_->open(regions);
+    peer.notice_region = engine_->open(notices);
+    if (peer.regions->size() != lanes_ * config_.num_ranks * config_.region_bytes ||
+        peer.notice_region->size() != (config_.num_ranks + 1) * 2 * sizeof(AbortNotice)) {
+      throw Error(ErrorKind::kMismatch, "group '" + config_.name + "': the regions of " + rank_name(rank) +
+                                            " have another size than ours");
+    }
+    peer.last_sign = Clock::now();
+  }
+  connected_ = true;
+  if (config_.num_ranks > 1) monitor_ = std::thread([this] { monitor(); });
+}
+
+std::byte* ExchangeGroup::region(uint32_t lane, uint32_t source) const {
+  return regions_->data() + (size_t{lane} * config_.num_ranks + source) * config_.region_bytes;
+}
+
+std::string ExchangeGroup::rank_name(uint32_t rank) const {
+  if (rank >= config_.num_ranks) return "an unknown rank";
+  std::string name = "rank " + std::to_string(rank);
+  const std::string& process = peers_[rank]->process;
+  return process.empty() ? name : name + " (" + process + ")";
+}
+
+// --- failure ---------------------------------------------------------------------------------------------
+
+void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
+  AbortNotice notice{};
+  {
+    const std::lock_guard guard(status_mutex_);
+    if (failure_) return;
+    failure_ = error;
+    failure_run_ = current_run_.load();
+    failed_ = true;
+    notice.exchange = next_exchange_;
+  }
+  log().error("group '{}' rank {}: {}", config_.name, config_.rank, error.what());
+  notice.error_kind = static_cast<uint8_t>(error.kind());
+  notice.culprit = culprit;
+  std::strncpy(notice.text, error.what(), sizeof(notice.text) - 1);
+  broadcast(notice, kFailedSlot);
+}
+
+std::optional<Error> ExchangeGroup::failure() const {
+  const std::lock_guard guard(status_mutex_);
+  return failure_;
+}
+
+void ExchangeGroup::report_data_error(const Error& error, uint32_t culprit, int64_t run) {
+  const std::lock_guard guard(status_mutex_);
+  if (data_error_) return;
+  data_error_ = error;
+  data_error_culprit_ = culprit;
+  data_error_run_ = run;
+  log().warn("group '{}' rank {}: {}", config_.name, config_.rank, error.what());
+}
+
+std::optional<Error> ExchangeGroup::data_error() const {
+  const std::lock_guard guard(status_mutex_);
+  return data_error_;
+}
+
+std::optional<Error> ExchangeGroup::take_data_error() {
+  const std::lock_guard guard(status_mutex_);
+  return std::exchange(data_error_, std::nullopt);
+}
+
+bool ExchangeGroup::raises_in(int64_t run) const {
+  const std::lock_guard guard(status_mutex_);
+  return failure_.has_value() && failure_run_ != run;
+}
+
+// --- control messages ------------------------------------------------------------------------------------
+
+void ExchangeGroup::broadcast(const AbortNotice& notice, NoticeSlot slot) {
+  if (!connected_ || engine_->closed()) return;
+  // All peers get the same bytes: the notice names its sender, the immediate carries the peer's nonce.
+  const size_t ours = (config_.num_ranks * size_t{2} + slot) * sizeof(AbortNotice);
+  AbortNotice out = notice;
+  out.magic = kMagic;
+  out.version = kWireVersion;
+  out.closed = slot == kClosedSlot;
+  out.source = config_.rank;
+  std::memcpy(notices_->data() + ours, &out, sizeof(out));
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    if (rank == config_.rank) continue;
+    const Peer& peer = *peers_[rank];
+    if (peer.gone) continue;
+    try {
+      engine_->write({.source = notices_.get(),
+                      .source_offset = ours,
+                      .target = peer.notice_region.get(),
+                      .target_offset = (config_.rank * size_t{2} + slot) * sizeof(AbortNotice),
+                      .length = sizeof(AbortNotice),
+                      .imm = immediate(peer.nonce, config_.rank, kAbortLane)},
+                     control_.get());
+      ++control_posted_;
+    } catch (const Error& error) {
+      log().debug("group '{}': no notice to {}: {}", config_.name, rank_name(rank), error.what());
+    }
+  }
+}
+
+void ExchangeGroup::read_notices() {
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    if (rank == config_.rank) continue;
+    Peer& peer = *peers_[rank];
+    const uint64_t count = peer.notices.value();
+    if (count == peer.notices_read.load()) continue;
+    peer.notices_read = count;
+    for (const NoticeSlot slot : {kFailedSlot, kClosedSlot}) {
+      AbortNotice notice;
+      std::memcpy(&notice, notices_->data() + (rank * size_t{2} + slot) * sizeof(AbortNotice),
+                  sizeof(notice));
+      if (notice.magic != kMagic || notice.version != kWireVersion || notice.source != rank) continue;
+      if (slot == kClosedSlot) {
+        peer.gone = true;
+        continue;
+      }
+      notice.text[sizeof(notice.text) - 1] = '\0';
+      const auto kind = notice.error_kind <= static_cast<uint8_t>(ErrorKind::kRouting)
+                            ? static_cast<ErrorKind>(notice.error_kind)
+                            : ErrorKind::kPeer;
+      fail(Error(kind, rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) + ": " +
+                           notice.text),
+           notice.culprit);
+    }
+  }
+}
+
+void ExchangeGroup::beat() {
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    const Peer& peer = *peers_[rank];
+    if (rank == config_.rank || peer.gone) continue;
+    try {
+      engine_->write(
+          {.target = peer.notice_region.get(), .imm = immediate(peer.nonce, config_.rank, kHeartbeatLane)},
+          control_.get());
+      ++control_posted_;
+    } catch (const Error& error) {
+      log().debug("group '{}': no heartbeat to {}: {}", config_.name, rank_name(rank), error.what());
+    }
+  }
+}
+
+void ExchangeGroup::check_liveness(Clock::time_point now) {
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    Peer& peer = *peers_[rank];
+    if (rank == config_.rank || peer.gone) continue;
+    uint64_t signs = peer.heartbeats.value();
+    for (const ImmCounter& arrivals : peer.arrivals) signs += arrivals.value();
+    if (signs != peer.signs) {
+      peer.signs = signs;
+      peer.last_sign = now;
+    } else if (now - peer.last_sign > config_.timeout) {
+      const auto seconds = std::chrono::duration<double>(config_.timeout).count();
+      fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + rank_name(rank) +
+                                       " gave no sign of life for " + std::to_string(seconds) +
+                                       " s (timeout=): it died, is stopped or unreachable"),
+           rank);
+    }
+  }
+}
+
+void ExchangeGroup::monitor() {
+  const Duration interval =
+      std::clamp<Duration>(config_.timeout / 8, std::chrono::milliseconds(20), std::chrono::seconds(2));
+  std::unique_lock lock(monitor_mutex_);
+  auto before = Clock::now();
+  while (!closed_) {
+    beat();
+    monitor_wake_.wait_for(lock, interval, [this] { return closed_.load(); });
+    if (closed_) break;
+    read_notices();
+    const auto now = Clock::now();
+    // This process itself was stopped (SIGSTOP, a suspended machine): peers get a fresh allowance.
+    if (now - before > config_.timeout) {
+      for (auto& peer : peers_) peer->last_sign = now;
+    }
+    before = now;
+    if (!failed_) check_liveness(now);
+  }
+}
+
+// --- close -----------------------------------------------------------------------------------------------
+
+void ExchangeGroup::drain_control(Duration limit) {
+  engine_->wait_until([this] { return control_->done() >= control_posted_; }, Clock::now() + limit);
+}
+
+void ExchangeGroup::close() {
+  if (closed_.exchange(true)) return;
+  { const std::lock_guard guard(monitor_mutex_); }
+  monitor_wake_.notify_all();
+  if (monitor_.joinable()) monitor_.join();
+  {
+    // An exchange under way sees closed_ and leaves; then nothing reads or packs a region any more.
+    const std::lock_guard guard(exchange_mutex_);
+  }
+  if (connected_) {
+    broadcast(AbortNotice{}, kClosedSlot);
+    drain_control(kCloseLimit);
+    for (const auto& lane : lane_state_) {
+      engine_->wait_until([&] { return lane->local.done() >= lane->posted; }, Clock::now() + kCloseLimit / 4);
+    }
+  }
+  engine_->close();
+}
+
+GroupStats ExchangeGroup::stats() const {
+  GroupStats stats;
+  stats.exchanges = next_exchange_;
+  stats.waits_over_10s = slow_waits_;
+  stats.region_bytes = regions_->size();
+  stats.staging_bytes = staging_->size();
+  stats.fabric = engine_->fabric_name();
+  for (const auto& peer : peers_) {
+    stats.peers.push_back({.sent_bytes = peer->sent_bytes.load(),
+                           .received_bytes = peer->received_bytes.load(),
+                           .waited = Duration(peer->waited_ns.load())});
+  }
+  stats.engine = engine_->stats();
+  return stats;
+}
+
+}  // namespace pplx::moe

@@ -1,0 +1,196 @@
+// One rank's end of an exchange group: numbered exchanges over lanes, counted arrivals, checked headers,
+// deadlines, failure. It moves messages and knows nothing of tokens; docs/protocol.md is the reference.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "proxy/engine/engine.h"
+#include "proxy/moe/wire.h"
+
+namespace pplx::moe {
+
+struct GroupConfig {
+  std::string name;
+  uint32_t rank = 0;
+  uint32_t num_ranks = 1;
+  uint32_t depth = 1;                           // exchanges in flight between send and recv; 2 * depth lanes
+  size_t region_bytes = 0;                      // one source's region in one lane: the longest message
+  size_t staging_bytes = 0;                     // send buffer of one lane, at least region_bytes
+  uint64_t fingerprint = 0;                     // of everything all ranks must agree on
+  std::string fingerprint_text;                 // the same, for people
+  Duration timeout = std::chrono::seconds(30);  // a peer silent this long is dead
+  Duration stall_timeout = std::chrono::seconds(300);  // a live peer that doesn't come
+  // The same at a call's first execution: compilation and autotuning differ between ranks.
+  Duration first_stall_timeout = std::chrono::seconds(900);
+  EngineConfig engine;
+};
+
+// What an exchange is; equal on all ranks, or both sides raise.
+struct CallSite {
+  Kind kind = Kind::kDispatch;
+  uint64_t tag = 0;
+  uint32_t tokens = 0;
+  uint32_t hidden = 0;
+  uint8_t dtype = 0;
+  uint8_t top_k = 0;
+  uint16_t local_experts = 0;
+  std::string_view name;
+};
+
+struct PeerStats {
+  uint64_t sent_bytes = 0, received_bytes = 0;
+  Duration waited{0};  // by this rank for this peer, beyond the first arrival of each exchange
+};
+
+struct GroupStats {
+  uint64_t exchanges = 0;
+  uint64_t waits_over_10s = 0;
+  size_t region_bytes = 0, staging_bytes = 0;  // allocated
+  std::string fabric;
+  std::vector<PeerStats> peers;
+  EngineStats engine;
+};
+
+class Exchange;
+
+class ExchangeGroup {
+ public:
+  explicit ExchangeGroup(GroupConfig config);
+  ~ExchangeGroup();
+  ExchangeGroup(const ExchangeGroup&) = delete;
+  ExchangeGroup& operator=(const ExchangeGroup&) = delete;
+
+  const GroupConfig& config() const noexcept { return config_; }
+  // What the other ranks need to reach this one; pass all of them, in rank order, to connect().
+  Bytes endpoint() const;
+  // Throws kMismatch when ranks disagree on the configuration, kFabric, kInvalidArgument, kPeer.
+  void connect(const std::vector<Bytes>& endpoints);
+
+  // Final: the first failure wins, is told to every peer, and every later exchange poisons at once.
+  void fail(const Error& error, uint32_t culprit);
+  // The failure, if any. `run` tells executions of a program apart.
+  std::optional<Error> failure() const;
+  // A data error never stops the protocol: it is kept until `take_data_error`.
+  void report_data_error(const Error& error, uint32_t culprit, int64_t run);
+  std::optional<Error> data_error() const;
+  std::optional<Error> take_data_error();
+
+  // True when an execution `run` must return the failure to XLA instead of poisoning: the failure happened
+  // in an earlier execution (or outside any).
+  bool raises_in(int64_t run) const;
+
+  GroupStats stats() const;
+  // Idempotent, bounded by two seconds: tells the peers, drains local completions, closes the engine.
+  void close();
+  bool closed() const noexcept { return closed_.load(); }
+
+  static constexpr uint32_t kNobody = ~0U;
+
+ private:
+  friend class Exchange;
+  struct Peer;
+  struct Lane;
+
+  enum NoticeSlot : size_t { kFailedSlot = 0, kClosedSlot = 1 };
+
+  void monitor();
+  void beat();
+  void check_liveness(Clock::time_point now);
+  void read_notices();  // fails the group when a peer said that it failed
+  void broadcast(const AbortNotice& notice, NoticeSlot slot);
+  void drain_control(Duration limit);
+  std::byte* region(uint32_t lane, uint32_t source) const;
+  std::string rank_name(uint32_t rank) const;
+
+  GroupConfig config_;
+  uint32_t lanes_;
+  uint32_t nonce_;
+  std::unique_ptr<TransferEngine> engine_;
+  std::shared_ptr<Region> regions_;  // [lane][source] of region_bytes
+  std::shared_ptr<Region> staging_;  // [lane] of staging_bytes
+  std::shared_ptr<Region> notices_;  // [source][failed, closed] of AbortNotice, then two of our own to send
+  std::vector<std::unique_ptr<Peer>> peers_;
+  std::vector<std::unique_ptr<Lane>> lane_state_;
+  std::unique_ptr<CompletionCounter> control_;  // heartbeats and notices
+  std::atomic<uint64_t> control_posted_{0};
+
+  std::mutex exchange_mutex_;  // one exchange at a time
+  uint64_t next_exchange_ = 0;
+  std::set<uint64_t> seen_tags_;
+  uint64_t slow_waits_ = 0;
+
+  mutable std::mutex status_mutex_;
+  std::optional<Error> failure_;
+  std::optional<int64_t> failure_run_;
+  std::optional<Error> data_error_;
+  int64_t data_error_run_ = 0;
+  uint32_t data_error_culprit_ = kNobody;
+  std::atomic<bool> failed_{false};
+  std::atomic<int64_t> current_run_{0};
+  std::atomic<bool> in_exchange_{false};
+
+  std::atomic<bool> connected_{false};
+  std::atomic<bool> closed_{false};
+  std::mutex monitor_mutex_;
+  std::condition_variable monitor_wake_;
+  std::thread monitor_;
+};
+
+// One exchange: pack and post a message to every rank, wait for everybody's, read them. Holds the group.
+class Exchange {
+ public:
+  // Takes the next number. `run` tells executions apart. Waits until the lane's send buffer is free.
+  Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, int64_t run);
+  ~Exchange();
+  Exchange(const Exchange&) = delete;
+  Exchange& operator=(const Exchange&) = delete;
+
+  // Room for a message of `bytes` (header included) to `peer`; the body starts after the RegionHeader.
+  // nullptr once the group has failed.
+  std::byte* message(uint32_t peer, size_t bytes);
+  // Posts the message last asked for. `slots` goes into its header.
+  void post(uint32_t slots, bool poisoned = false);
+
+  // True when every rank's message is here and checked. False: the group has failed.
+  bool wait();
+  const RegionHeader& header(uint32_t source) const;
+  const std::byte* body(uint32_t source) const;
+  size_t body_bytes(uint32_t source) const;
+  bool poisoned(uint32_t source) const { return (header(source).flags & kPoisoned) != 0; }
+  // After wait(): an error to return to XLA on every rank, because one of them has an old data error.
+  std::optional<Error> raised() const;
+  // The message of `source` breaks the protocol: fails the group.
+  void reject(uint32_t source, const std::string& why);
+
+ private:
+  bool check(uint32_t source);
+  Deadline deadline() const;
+  std::string describe() const;
+
+  ExchangeGroup& group_;
+  std::unique_lock<std::mutex> lock_;
+  CallSite site_;
+  uint32_t round_;
+  uint64_t number_ = 0;
+  uint32_t lane_ = 0;
+  bool first_call_ = false;
+  Clock::time_point started_;
+  size_t staged_ = 0;  // bytes of the send buffer in use
+  uint32_t message_peer_ = 0;
+  std::byte* message_ = nullptr;
+  size_t message_bytes_ = 0;
+};
+
+}  // namespace pplx::moe

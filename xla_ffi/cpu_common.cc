@@ -1,0 +1,65 @@
+#include "xla_ffi/cpu_common.h"
+
+namespace pplx::moe {
+
+std::optional<Error> refusal(const Call& call) {
+  if (call.group.closed()) {
+    return Error(ErrorKind::kClosed, "group '" + call.group.config().name +
+                                         "' was closed; open it again with the same "
+                                         "arguments (no recompilation is needed) before running " +
+                                         std::string(call.site.name));
+  }
+  if (call.group.raises_in(call.run)) return call.group.failure();
+  return std::nullopt;
+}
+
+ReceivedSlots::ReceivedSlots(const Call& call, const Route& route) : shape_(call.shape), route_(route) {
+  if (*route.ok != 1) {
+    sound_ = false;
+    return;
+  }
+  sound_ = check(call);
+  if (sound_) return;
+  call.group.report_data_error(
+      Error(ErrorKind::kRouting, "group '" + call.group.config().name + "', '" + std::string(call.site.name) +
+                                     "': the route's arrays are not those that dispatch returned for T=" +
+                                     std::to_string(call.site.tokens)),
+      call.group.config().rank, call.run);
+}
+
+bool ReceivedSlots::check(const Call& call) {
+  const int64_t messages = int64_t{call.rounds()} * shape_.num_ranks;
+  const int64_t most_slots = int64_t{shape_.num_ranks} * call.tokens();
+  const int64_t choices = int64_t{call.tokens()} * shape_.top_k;
+  const auto foreign = [&](int32_t expert) {
+    return expert < kPastEnd || expert >= shape_.physical_experts();
+  };
+  if (std::any_of(route_.home, route_.home + choices, foreign)) return false;
+  int64_t slots = 0;
+  for (int64_t i = 0; i < messages; ++i) {
+    first_.push_back(slots);
+    if (route_.source_slots[i] < 0 || route_.source_slots[i] > shape_.chunk) return false;
+    slots += route_.source_slots[i];
+  }
+  if (slots > most_slots || route_.slot_start[0] != 0) return false;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int32_t entries = route_.slot_start[slot + 1] - route_.slot_start[slot];
+    if (entries < 0 || entries > shape_.entries()) return false;
+  }
+  const int32_t* rows = route_.slot_rows;
+  return std::all_of(rows, rows + route_.slot_start[slots],
+                     [&](int32_t row) { return row >= -1 && row < route_.rows; });
+}
+
+void note_poison(const Call& call, const Exchange& exchange, uint32_t source) {
+  if (source == call.group.config().rank) return;  // it has its own, better report
+  const uint32_t culprit = exchange.header(source).culprit;
+  call.group.report_data_error(
+      Error(ErrorKind::kRouting,
+            "group '" + call.group.config().name + "', '" + std::string(call.site.name) + "': rank " +
+                std::to_string(source) +
+                " has a data error (expert ids, row limit or route); tokens that it handles are NaN"),
+      culprit, call.run);
+}
+
+}  // namespace pplx::moe

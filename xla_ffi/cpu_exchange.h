@@ -1,0 +1,82 @@
+// The four exchanges on host memory: what the CPU platform's custom calls run. Knows nothing of XLA.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "proxy/moe/exchange_group.h"
+#include "xla_ffi/layout.h"
+
+namespace pplx::moe {
+
+// One call of a handler.
+struct Call {
+  ExchangeGroup& group;
+  const MoeShape& shape;
+  CallSite site;
+  int64_t run;  // tells executions of a program apart
+
+  int32_t tokens() const { return static_cast<int32_t>(site.tokens); }
+  int32_t rounds() const { return shape.rounds(tokens()); }
+};
+
+// What combine and the derivatives need to know about a dispatch; arrays of the `route` pytree.
+// Sizes: T tokens, R ranks, N = R * T slots, P = N * entries() pairs, M rows.
+struct Route {
+  int32_t* home;          // [T, K] physical experts of this rank's tokens, kNotRouted or kPastEnd
+  int32_t* source_slots;  // [rounds, R] slots received
+  int32_t* slot_start;    // [N + 1] first pair of each slot, in (round, source, slot) order
+  int32_t* slot_rows;     // [P] row of each pair, -1 where dropped
+  int32_t* ok;            // [] 1, or 0 when the dispatch failed
+  int64_t rows;           // M
+};
+
+struct DispatchArgs {
+  const void* x;           // [T, H]
+  const int32_t* indices;  // [T, K]
+  const float* weights;    // [T, K]
+  int32_t num_tokens;
+  const int32_t* expert_map;  // [R * experts_per_rank] logical expert on each physical one, -1: none
+  void* tokens;               // out [M, H]
+  float* row_weights;         // out [M]
+  int32_t* group_sizes;       // out [experts_per_rank]
+  int32_t* num_rows;          // out []
+  int32_t* num_dropped;       // out []
+  Route route;                // out
+};
+
+struct CombineArgs {
+  const void* y;             // [M, H]
+  const float* row_weights;  // [M], or null: unweighted
+  const void* accumulate;    // [T, H], or null
+  Route route;
+  void* out;  // out [T, H]
+};
+
+struct CombineTransposeArgs {
+  const void* d_out;         // [T, H]
+  const void* y;             // [M, H], null when unweighted
+  const float* row_weights;  // [M], null when unweighted
+  Route route;
+  const int32_t* group_sizes;  // [experts_per_rank]
+  void* d_y;                   // out [M, H]
+  float* d_row_weights;        // out [M]
+};
+
+struct DispatchTransposeArgs {
+  const void* d_tokens;        // [M, H]
+  const float* d_row_weights;  // [M]
+  Route route;
+  void* d_x;         // out [T, H]
+  float* d_weights;  // out [T, K]
+};
+
+// Each takes part in its exchanges and writes every output. On failure outputs are poisoned (NaN, counts
+// and ok 0) and nothing is thrown; an error to hand to XLA is returned: one that happened in an earlier
+// execution, or invalid arguments.
+std::optional<Error> dispatch(const Call& call, const DispatchArgs& args);
+std::optional<Error> combine(const Call& call, const CombineArgs& args);
+std::optional<Error> combine_transpose(const Call& call, const CombineTransposeArgs& args);
+std::optional<Error> dispatch_transpose(const Call& call, const DispatchTransposeArgs& args);
+
+}  // namespace pplx::moe

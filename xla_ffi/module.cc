@@ -1,0 +1,219 @@
+// The extension module pplx_jax._core: handlers to register with JAX, groups, the TransferEngine.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "xla_ffi/handlers.h"
+#include "xla_ffi/registry.h"
+
+namespace nb = nanobind;
+
+namespace pplx {
+
+void bind_engine(nb::module_& m);  // engine_bindings.cc
+
+namespace {
+
+using moe::DType;
+using moe::ExchangeGroup;
+using moe::GroupConfig;
+using moe::Member;
+using moe::MoeShape;
+using moe::Registry;
+
+nb::bytes to_python(const Bytes& bytes) { return nb::bytes(bytes.data(), bytes.size()); }
+
+Bytes from_python(const nb::bytes& bytes) {
+  const auto* data = reinterpret_cast<const std::byte*>(bytes.c_str());
+  return {data, data + bytes.size()};
+}
+
+Duration from_seconds(double seconds) {
+  return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
+}
+
+// A kind's Python name and text, for pplx_jax to raise.
+using Report = std::pair<std::string, std::string>;
+std::optional<Report> to_report(const std::optional<Error>& error) {
+  if (!error) return std::nullopt;
+  return Report(error_name(error->kind()), error->what());
+}
+
+// Python's handle to one device's membership. The registry holds the member until close().
+class MemberHandle {
+ public:
+  MemberHandle(int64_t group, int32_t device, const MoeShape& shape, GroupConfig config)
+      : group_(group), device_(device) {
+    const moe::BufferSizes sizes = moe::buffer_sizes(shape);
+    config.rank = static_cast<uint32_t>(shape.rank);
+    config.num_ranks = static_cast<uint32_t>(shape.num_ranks);
+    config.region_bytes = sizes.region_bytes;
+    config.staging_bytes = sizes.staging_bytes;
+    member_ = std::make_shared<Member>(shape, std::move(config));
+  }
+  ~MemberHandle() {
+    nb::gil_scoped_release release;
+    member_->group.close();
+    Registry::instance().erase(group_, device_, member_.get());
+    member_.reset();
+  }
+
+  nb::bytes endpoint() const { return to_python(member_->group.endpoint()); }
+  void connect(const std::vector<nb::bytes>& endpoints) {
+    std::vector<Bytes> all;
+    for (const nb::bytes& endpoint : endpoints) all.push_back(from_python(endpoint));
+    nb::gil_scoped_release release;
+    member_->group.connect(all);
+  }
+  // Lets compiled programs find the group; after every rank has connected.
+  void publish() { Registry::instance().put(group_, device_, member_); }
+  // The closed member stays where compiled programs find it, so that they say that it is closed.
+  void close() {
+    nb::gil_scoped_release release;
+    member_->group.close();
+  }
+  void fail(const std::string& why) {
+    nb::gil_scoped_release release;
+    member_->group.fail(Error(ErrorKind::kPeer, why), member_->group.config().rank);
+  }
+  std::optional<Report> failure() const { return to_report(member_->group.failure()); }
+  std::optional<Report> take_data_error() { return to_report(member_->group.take_data_error()); }
+
+  nb::dict stats() const {
+    const moe::GroupStats stats = member_->group.stats();
+    nb::dict out;
+    out["rank"] = member_->shape.rank;
+    out["fabric"] = stats.fabric;
+    out["exchanges"] = stats.exchanges;
+    out["waits_over_10s"] = stats.waits_over_10s;
+    out["region_bytes"] = stats.region_bytes;
+    out["staging_bytes"] = stats.staging_bytes;
+    nb::list peers;
+    for (const moe::PeerStats& peer : stats.peers) {
+      nb::dict entry;
+      entry["sent_bytes"] = peer.sent_bytes;
+      entry["received_bytes"] = peer.received_bytes;
+      entry["waited_seconds"] = std::chrono::duration<double>(peer.waited).count();
+      peers.append(entry);
+    }
+    out["peers"] = peers;
+    out["writes"] = stats.engine.writes;
+    out["immediates"] = stats.engine.immediates;
+    out["unknown_immediates"] = stats.engine.unknown_immediates;
+    return out;
+  }
+
+ private:
+  int64_t group_;
+  int32_t device_;
+  std::shared_ptr<Member> member_;
+};
+
+void bind_shape(nb::module_& m) {
+  nb::enum_<DType>(m, "DType").value("float32", DType::kFloat32).value("bfloat16", DType::kBFloat16);
+  nb::class_<MoeShape>(m, "MoeShape")
+      .def(nb::init<>())
+      .def_rw("rank", &MoeShape::rank)
+      .def_rw("num_ranks", &MoeShape::num_ranks)
+      .def_rw("num_experts", &MoeShape::num_experts)
+      .def_rw("experts_per_rank", &MoeShape::experts_per_rank)
+      .def_rw("top_k", &MoeShape::top_k)
+      .def_rw("hidden", &MoeShape::hidden)
+      .def_rw("max_tokens", &MoeShape::max_tokens)
+      .def_rw("chunk", &MoeShape::chunk)
+      .def_rw("alignment", &MoeShape::alignment)
+      .def_rw("dtype", &MoeShape::dtype)
+      .def_rw("zero_tail", &MoeShape::zero_tail)
+      .def_rw("drop", &MoeShape::drop)
+      .def("rounds", &MoeShape::rounds)
+      .def("buffer_bytes", [](const MoeShape& shape) {
+        const moe::BufferSizes sizes = moe::buffer_sizes(shape);
+        return std::pair(sizes.region_bytes, sizes.staging_bytes);
+      });
+}
+
+void bind_group(nb::module_& m) {
+  nb::class_<GroupConfig>(m, "GroupConfig")
+      .def(nb::init<>())
+      .def_rw("name", &GroupConfig::name)
+      .def_rw("depth", &GroupConfig::depth)
+      .def_rw("fingerprint", &GroupConfig::fingerprint)
+      .def_rw("fingerprint_text", &GroupConfig::fingerprint_text)
+      .def("set_timeouts",
+           [](GroupConfig& config, double timeout, double stall_timeout, double first_stall_timeout) {
+             config.timeout = config.engine.timeout = from_seconds(timeout);
+             config.stall_timeout = from_seconds(stall_timeout);
+             config.first_stall_timeout = from_seconds(first_stall_timeout);
+           })
+      .def(
+          "set_fabric",
+          [](GroupConfig& config, const std::string& fabric, int endpoints, const std::string& bind_address) {
+            config.engine.fabric = fabric;
+            config.engine.endpoints = endpoints;
+            config.engine.bind_address = bind_address;
+          })
+      .def("set_simulation", [](GroupConfig& config, uint64_t seed, const std::string& network, bool reorder,
+                                uint32_t max_delay, uint32_t max_pieces, uint32_t stall_every) {
+        SimConfig& sim = config.engine.sim;
+        sim.seed = seed;
+        sim.network = network;
+        sim.reorder = reorder;
+        sim.max_delay = max_delay;
+        sim.max_pieces = max_pieces;
+        sim.stall_every = stall_every;
+      });
+  nb::class_<MemberHandle>(m, "Member")
+      .def(nb::init<int64_t, int32_t, const MoeShape&, GroupConfig>())
+      .def("endpoint", &MemberHandle::endpoint)
+      .def("connect", &MemberHandle::connect)
+      .def("publish", &MemberHandle::publish)
+      .def("close", &MemberHandle::close)
+      .def("fail", &MemberHandle::fail)
+      .def("failure", &MemberHandle::failure)
+      .def("take_data_error", &MemberHandle::take_data_error)
+      .def("stats", &MemberHandle::stats);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  bind_engine(m);
+  bind_shape(m);
+  bind_group(m);
+  m.def("registrations", [] {
+    nb::dict out;
+    for (const auto& [name, handler] : moe::cpu_handlers()) out[name.c_str()] = nb::capsule(handler);
+    return out;
+  });
+  // `connector(group)` is called from XLA's threads with the GIL, by the first exchange of a group that
+  // nobody connected.
+  m.def("set_connector", [](nb::callable connector) {
+    // Leaked with the registry: a handler may run while the interpreter shuts down.
+    auto* held = new nb::callable(std::move(connector));
+    Registry::instance().set_connector([held](int64_t group) {
+      if (!nb::is_alive() || Py_IsInitialized() == 0) return;
+      nb::gil_scoped_acquire acquire;
+      try {
+        (*held)(group);
+      } catch (nb::python_error& error) {
+        const nb::object type = nb::borrow(error.type());
+        const std::string name = nb::cast<std::string>(type.attr("__name__"));
+        const std::string text = nb::cast<std::string>(nb::str(error.value()));
+        throw Error(ErrorKind::kFabric, "connecting at the first exchange failed with " + name + ": " + text);
+      }
+    });
+  });
+}
+
+}  // namespace pplx
