@@ -9,8 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pplx_jax import compat
-from pplx_jax.errors import FabricError, TimeoutError
+from pplx_jax import compat, errors
 
 
 def host_identity() -> str:
@@ -32,7 +31,7 @@ def address_towards(target: str | None) -> str:
             probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise FabricError(f"no route towards {host}: {error}") from error
+        raise errors.FabricError(f"no route towards {host}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Bootstrap:
             return {self.process: value}
         client = compat.coordination_client()
         if client is None:
-            raise FabricError(
+            raise errors.FabricError(
                 "the mesh spans several processes but jax.distributed is not initialised: call "
                 "jax.distributed.initialize() first"
             )
@@ -76,7 +75,7 @@ class Bootstrap:
                     self._key(stage, process), int(left * 1000) + 1
                 )
             except Exception as error:
-                raise TimeoutError(
+                raise errors.TimeoutError(
                     f"process {process} did not reach stage '{stage}' of connecting {self.scope} within "
                     f"{self.timeout:g} s: is it running the same program? ({error})"
                 ) from error

@@ -14,10 +14,11 @@ from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 class CoordinationClient(Protocol):
     """The part of ``jax.distributed``'s client that bootstrap needs. Time-outs are in milliseconds."""
 
-    def key_value_set_bytes(self, key: str, value: bytes) -> None: ...
-    def blocking_key_value_get_bytes(self, key: str, timeout_in_ms: int) -> bytes: ...
-    def key_value_delete(self, key: str) -> None: ...
-    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None: ...
+    def key_value_set_bytes(self, key: str, value: bytes) -> None:
+        """Publishes a value."""
+
+    def blocking_key_value_get_bytes(self, key: str, timeout_in_ms: int) -> bytes:
+        """Waits for a value."""
 
 
 def coordination_client() -> CoordinationClient | None:
@@ -27,7 +28,7 @@ def coordination_client() -> CoordinationClient | None:
 
 def coordinator_address() -> str | None:
     """``host:port`` of the coordination service, or None."""
-    return cast("str | None", distributed.global_state.coordinator_address)
+    return distributed.global_state.coordinator_address
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

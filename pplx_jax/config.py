@@ -91,8 +91,9 @@ class ExchangeConfig:
         put(self, "top_k", _integer("top_k", self.top_k, 1, min(MAX_TOP_K, self.num_experts)))
         put(self, "hidden", _integer("hidden", self.hidden, 1, 1 << 20))
         put(self, "max_tokens", _integer("max_tokens", self.max_tokens, 1, 1 << 20))
-        chunk = min(self.max_tokens, DEFAULT_CHUNK) if self.chunk is None else self.chunk
-        put(self, "chunk", _integer("chunk", chunk, 1, self.max_tokens))
+        if self.chunk is None:
+            put(self, "chunk", min(self.max_tokens, DEFAULT_CHUNK))
+        put(self, "chunk", _integer("chunk", self.chunk, 1, self.max_tokens))
         put(self, "depth", _integer("depth", self.depth, 1, MAX_DEPTH))
         put(self, "alignment", _integer("alignment", self.alignment, 1, 4096))
         try:
@@ -151,7 +152,7 @@ class ExchangeConfig:
         shape.top_k = self.top_k
         shape.hidden = self.hidden
         shape.max_tokens = self.max_tokens
-        shape.chunk = self.chunk
+        shape.chunk = self.chunk or self.max_tokens
         shape.alignment = self.alignment
         shape.dtype = _DTYPES[self.dtype.name]
         shape.zero_tail = self.zero_tail

@@ -18,7 +18,7 @@ class PeerError(PplxError):
     """A peer died, fell silent, aborted or broke the protocol. The group is finished: close and reopen it."""
 
 
-class TimeoutError(PplxError, builtins.TimeoutError):  # noqa: A001 - the field's name for it
+class TimeoutError(PplxError, builtins.TimeoutError):
     """A deadline passed; the text says who was waited for, at which exchange."""
 
 

@@ -72,8 +72,8 @@ class ExpertParallel:
       axis: name of the mesh axis, or a tuple of names, over which experts are sharded; R ranks.
       config: an ``ExchangeConfig``; or give its fields as keywords.
       name: tells groups of one program apart.
-      expert_map: int [R, slots] or [R * slots]: the expert that each rank's slot hosts, -1 for none. An expert may
-        be hosted several times; its tokens are spread over the replicas.
+      expert_map: int [R, slots] or [R * slots]: the expert that each rank's slot hosts, -1 for none. An
+        expert may be hosted several times; its tokens are spread over the replicas.
       fabric: "auto" (in process where all ranks are in one, shared memory on one host, TCP otherwise),
         "local", "shm", "tcp", "sim" or a libfabric provider; options as in ``pplx_jax.fabric``.
       timeout: seconds of silence after which a peer counts as dead, and limit for connecting.
@@ -155,7 +155,7 @@ class ExpertParallel:
         table = np.asarray(expert_map)
         if table.dtype.kind not in "iu" or table.size == 0 or table.size % ranks:
             raise ValueError(
-                f"expert_map must hold ints, the same number for each of {ranks} ranks, got {_describe(table)}"
+                f"expert_map must hold ints, equally many for each of {ranks} ranks, got {_describe(table)}"
             )
         table = table.reshape(-1).astype(np.int32)
         if table.min() < -1 or table.max() >= experts:
@@ -303,17 +303,17 @@ class ExpertParallel:
         operands = (y, route.weights, accumulate, route.arrays, route.group_sizes, _order_operands(after))
         cast = self._varying(operands)
         if tokens == 0:
-            return cast[2] if cast[2] is not None else cast[0][:0]
+            nothing: jax.Array = cast[0][:0] if cast[2] is None else cast[2]
+            return nothing
         call = dataclasses.replace(route.call, weighted=weighted)
-        out, _ = ops.combine(call, *cast)
+        out: jax.Array = ops.combine(call, *cast)[0]
         return out
 
     def _call(self, tokens: int, name: str) -> ops.Call:
         config = self.config
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {name!r}")
-        # Counted on the C++ side as well: one definition of rounds would need the shape there.
-        rounds = max(1, -(-tokens // config.chunk)) if config.chunk else 1
+        rounds = config.shape(0, self.num_ranks, self.experts_per_rank).rounds(tokens)
         site = name or self.name
         return ops.Call(
             group=self.group_id,
@@ -335,13 +335,15 @@ class ExpertParallel:
         missing = [axis for axis in self.axes if axis not in bound]
         if missing:
             raise ValueError(
-                f"dispatch and combine work per shard: call them inside jax.shard_map over the mesh, with axis "
-                f"{missing[0]!r} manual (manual here: {sorted(bound) or 'none'})"
+                "dispatch and combine work per shard: call them inside jax.shard_map over the mesh, with "
+                f"axis {missing[0]!r} manual (manual here: {sorted(bound) or 'none'})"
             )
         for axis in self.axes:
             size = jax.lax.axis_size(axis)
             if size != self.mesh.shape[axis]:
-                raise ValueError(f"axis {axis!r} has size {size} here, {self.mesh.shape[axis]} in the group's mesh")
+                raise ValueError(
+                    f"axis {axis!r} has size {size} here, {self.mesh.shape[axis]} in the group's mesh"
+                )
         leaves = jax.tree.leaves(operands)
         if not compat.checks_replication(leaves[0], self.axes):
             return operands
@@ -354,7 +356,9 @@ class ExpertParallel:
         nothing = count * 0
         zero = jnp.sum(x, dtype=jnp.float32) + jnp.sum(weights)
         i32 = {shape: jnp.broadcast_to(nothing, shape) for shape in ((), (call.experts_per_rank,), (1,))}
-        arrays = ops.RouteArrays(indices, jnp.broadcast_to(nothing, (call.messages,)), i32[(1,)], indices[:, 0], nothing + 1)
+        arrays = ops.RouteArrays(
+            indices, jnp.broadcast_to(nothing, (call.messages,)), i32[(1,)], indices[:, 0], nothing + 1
+        )
         row_weights = jnp.broadcast_to(zero, (call.rows,))
         batch = Batch(
             tokens=jnp.broadcast_to(zero, (call.rows, call.hidden)).astype(x.dtype),

@@ -54,6 +54,7 @@ class Membership:
 
     @property
     def state(self) -> str:
+        """For people."""
         return "closed" if self._closed else "connected" if self._members else "not connected"
 
     @staticmethod
@@ -66,6 +67,7 @@ class Membership:
     # --- connect ---
 
     def connect(self) -> None:
+        """``ExpertParallel.connect``."""
         with self._connect_lock:
             if self._closed:
                 raise GroupClosedError(f"group '{self._name}' was closed: make a new, equal one to reopen it")
@@ -97,9 +99,7 @@ class Membership:
             raise ValueError(f"process {process} has no device in the group's mesh")
         boot = bootstrap.Bootstrap(f"{self._group_id:x}/{generation}", process, processes, self._timeout)
         fabric, address = self._choose_fabric(boot)
-        local = {
-            device.id: place for device, place in ranks.items() if device.process_index == process
-        }
+        local = {device.id: place for device, place in ranks.items() if device.process_index == process}
         members: dict[int, _core.Member] = {}
         try:
             for device, (slice_index, rank) in local.items():
@@ -172,6 +172,7 @@ class Membership:
     # --- use ---
 
     def check(self, sync: bool) -> None:
+        """``ExpertParallel.check``."""
         if sync and isinstance(self._mesh, Mesh):
             for device in self._mesh.local_devices:
                 jax.block_until_ready(jnp.zeros((), jnp.int32, device=device) + 1)
@@ -181,6 +182,7 @@ class Membership:
             raise make_error(name, text)
 
     def stats(self) -> dict[str, Any]:
+        """``ExpertParallel.stats``."""
         ranks = [member.stats() for member in self._members.values()]
         memory = self._config.memory(self._num_ranks, self._experts_per_rank)
         return {
@@ -192,6 +194,7 @@ class Membership:
         }
 
     def close(self) -> None:
+        """``ExpertParallel.close``."""
         with self._connect_lock:
             if self._closed:
                 return

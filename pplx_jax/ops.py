@@ -44,6 +44,7 @@ class Call:
     weighted: bool = True
 
     def attributes(self) -> dict[str, Any]:
+        """Attributes of every custom call."""
         return {"group": np.int64(self.group), "tag": np.int64(self.tag), "site": self.site}
 
 
@@ -264,9 +265,7 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 def tie(values: list[jax.Array], after: list[jax.Array]) -> list[jax.Array]:
     """``values``, unchanged but available only after ``after``; XLA sees through an optimization barrier on
     CPU, not through this."""
-    results = [
-        compat.result_type([value, *after], value.shape, value.dtype) for value in values
-    ]
+    results = [compat.result_type([value, *after], value.shape, value.dtype) for value in values]
     axes = frozenset[str]().union(*(compat.varying_axes(x) for x in (*values, *after)))
     operands = [compat.to_varying(x, axes) for x in (*values, *after)]
     call = jax.ffi.ffi_call(
