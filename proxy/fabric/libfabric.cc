@@ -6,10 +6,14 @@
 #include <rdma/fi_eq.h>
 #include <rdma/fi_rma.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <mutex>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "proxy/fabric/libfabric_loader.h"
@@ -36,6 +40,71 @@ void close_fid(Fid*& fid) {
   if (int rc = fi_close(&fid->fid); rc != 0) log().warn("libfabric: fi_close returned {}", rc);
   fid = nullptr;
 }
+
+// What a domain consists of, closed in the order that libfabric wants.
+struct Resources {
+  Resources() = default;
+  Resources(Resources&& other) noexcept { *this = std::move(other); }
+  Resources& operator=(Resources&& other) noexcept {
+    fabric = std::exchange(other.fabric, nullptr);
+    domain = std::exchange(other.domain, nullptr);
+    cq = std::exchange(other.cq, nullptr);
+    av = std::exchange(other.av, nullptr);
+    endpoints = std::exchange(other.endpoints, {});
+    memory = std::exchange(other.memory, {});
+    return *this;
+  }
+  ~Resources() {
+    for (auto*& endpoint : endpoints) close_fid(endpoint);
+    for (auto*& mr : memory) close_fid(mr);
+    close_fid(cq);
+    close_fid(av);
+    close_fid(domain);
+    close_fid(fabric);
+  }
+
+  fid_fabric* fabric = nullptr;
+  fid_domain* domain = nullptr;
+  fid_cq* cq = nullptr;
+  fid_av* av = nullptr;
+  std::vector<fid_ep*> endpoints;
+  std::vector<fid_mr*> memory;
+};
+
+// shm's endpoints of one process look into each other's memory without mapping it anew, and crash when one
+// that they still wait for has been closed. So closed ones stay, unpolled, until the last is closed.
+class ShmGraveyard {
+ public:
+  static ShmGraveyard& get() {
+    static auto* graveyard = new ShmGraveyard;  // leaked: engines may close during exit
+    return *graveyard;
+  }
+  void opened() {
+    std::lock_guard lock(mutex_);
+    ++open_;
+  }
+  void bury(const EngineId& engine, Resources resources) {
+    for (auto*& mr : resources.memory) close_fid(mr);
+    resources.memory.clear();
+    std::vector<Resources> last;
+    std::lock_guard lock(mutex_);
+    buried_.push_back(std::move(resources));
+    engines_.insert(engine);
+    if (--open_ > 0) return;
+    last.swap(buried_);
+    engines_.clear();
+  }
+  bool holds(const EngineId& engine) {
+    std::lock_guard lock(mutex_);
+    return engines_.contains(engine);
+  }
+
+ private:
+  std::mutex mutex_;
+  size_t open_ = 0;
+  std::vector<Resources> buried_;
+  std::set<EngineId> engines_;
+};
 
 // Errors that say "the peer or the path to it is gone", as opposed to a refused operation.
 bool is_peer_error(int code) {
@@ -84,7 +153,7 @@ class LibfabricFabric final : public Fabric {
 
   FabricMemory register_memory(void* data, size_t size) override {
     fid_mr* mr = nullptr;
-    int rc = fi_mr_reg(domain_, data, size, kAccess, 0, next_key_++, 0, &mr, nullptr);
+    int rc = fi_mr_reg(open_.domain, data, size, kAccess, 0, next_key_++, 0, &mr, nullptr);
     if (rc != 0) {
       std::string text =
           "registering " + std::to_string(size) + " bytes with " + provider_ + " failed: " + error_text(rc);
@@ -96,7 +165,7 @@ class LibfabricFabric final : public Fabric {
       throw Error(ErrorKind::kFabric, text);
     }
     bool virtual_addresses = (info_->domain_attr->mr_mode & (FI_MR_VIRT_ADDR | FI_MR_BASIC)) != 0;
-    memory_.push_back(mr);
+    open_.memory.push_back(mr);
     return {static_cast<std::byte*>(data),
             size,
             virtual_addresses ? reinterpret_cast<uint64_t>(data) : 0,
@@ -107,9 +176,9 @@ class LibfabricFabric final : public Fabric {
 
   void unregister_memory(const FabricMemory& memory) override {
     auto* mr = static_cast<fid_mr*>(memory.handle);
-    auto found = std::find(memory_.begin(), memory_.end(), mr);
-    if (found == memory_.end()) return;
-    memory_.erase(found);
+    auto found = std::find(open_.memory.begin(), open_.memory.end(), mr);
+    if (found == open_.memory.end()) return;
+    open_.memory.erase(found);
     close_fid(mr);
   }
 
@@ -120,6 +189,8 @@ class LibfabricFabric final : public Fabric {
     }
     Peer entry;
     entry.pid = peer.pid;
+    entry.engine = peer.engine;
+    if (provider_ == "shm") entry.segment = shm_segment(peer.endpoints[0]);
     entry.same_pids =
         peer.pid_namespace != 0 && peer.pid_namespace == address_.pid_namespace && peer.host == address_.host;
     for (const auto& name : peer.endpoints) {
@@ -127,7 +198,7 @@ class LibfabricFabric final : public Fabric {
       // Providers read as many bytes as their own names have; a shorter one would be read past its end.
       auto padded = name;
       padded.resize(std::max(padded.size(), address_.endpoints[0].size() + 1));
-      if (fi_av_insert(av_, padded.data(), 1, &address, 0, nullptr) != 1) {
+      if (fi_av_insert(open_.av, padded.data(), 1, &address, 0, nullptr) != 1) {
         throw Error(ErrorKind::kPeer,
                     "the provider " + provider_ + " does not accept the address of " + peer.label());
       }
@@ -137,30 +208,40 @@ class LibfabricFabric final : public Fabric {
     return static_cast<uint32_t>(peers_.size() - 1);
   }
 
+  // Always fi_writemsg: 1.17's tcp takes FI_DELIVERY_COMPLETE from the flags of the call only, not from the
+  // endpoint's.
   Post try_write(FabricOp& op) override {
     const auto& addresses = peers_[op.peer].addresses;
-    fi_addr_t to = addresses[op.rail % addresses.size()];
-    auto* source = const_cast<std::byte*>(op.source);
-    ssize_t rc;
-    if (op.length == 0 && op.has_imm) {
-      rc = write_nothing(op, to);
-    } else if (op.has_imm || imm_always_) {
-      uint64_t data = op.has_imm ? op.imm : kNoImmediate;
-      rc = fi_writedata(endpoints_[op.rail], source, op.length, op.local, data, to, op.target, op.key, &op);
-    } else {
-      rc = fi_write(endpoints_[op.rail], source, op.length, op.local, to, op.target, op.key, &op);
-    }
-    return posted(rc, "write");
+    // The source of an empty write is valid all the same: ofi_rxd reads the first without looking at their
+    // number.
+    bool empty = op.length == 0;
+    iovec source{empty ? receive_bytes_.data() : const_cast<std::byte*>(op.source), op.length};
+    void* local = empty ? receive_memory_.local : op.local;
+    fi_rma_iov target{op.target, op.length, op.key};
+    fi_msg_rma message;
+    message.msg_iov = &source;
+    message.desc = &local;
+    message.iov_count = 1;
+    message.addr = addresses.size() == 1 ? addresses[0] : addresses[op.rail % addresses.size()];
+    message.rma_iov = &target;
+    message.rma_iov_count = 1;
+    message.context = &op;
+    message.data = op.has_imm ? op.imm : kNoImmediate;
+    uint64_t flags = FI_COMPLETION;
+    if (op.has_imm || imm_always_) flags |= FI_REMOTE_CQ_DATA;
+    // Of no bytes none can be late, and shm (1.17) never completes an empty write that asks for delivery.
+    if (!empty) flags |= completion_;
+    return posted(fi_writemsg(open_.endpoints[op.rail], &message, flags), "write");
   }
 
   Post try_send(FabricOp& op) override {
     fi_addr_t to = peers_[op.peer].addresses[0];
-    return posted(fi_send(endpoints_[0], op.source, op.length, op.local, to, &op), "send");
+    return posted(fi_send(open_.endpoints[0], op.source, op.length, op.local, to, &op), "send");
   }
 
   size_t poll(FabricEvents& events) override {
     fi_cq_data_entry entries[kPollBatch];
-    ssize_t count = fi_cq_read(cq_, entries, kPollBatch);
+    ssize_t count = fi_cq_read(open_.cq, entries, kPollBatch);
     if (count == -FI_EAGAIN) return 0;
     if (count == -FI_EAVAIL) return report_error(events);
     if (count < 0) {
@@ -185,21 +266,22 @@ class LibfabricFabric final : public Fabric {
     return static_cast<size_t>(count);
   }
 
-  // shm never reports a dead peer: its queue just stays full.
+  // shm never reports that a peer is gone: its queue just stays full.
   bool alive(uint32_t peer) override {
-    if (provider_ != "shm" || !peers_[peer].same_pids) return true;
-    return kill(static_cast<pid_t>(peers_[peer].pid), 0) == 0 || errno != ESRCH;
+    if (provider_ != "shm") return true;
+    const Peer& known = peers_[peer];
+    if (known.same_pids && kill(static_cast<pid_t>(known.pid), 0) != 0 && errno == ESRCH) return false;
+    if (!known.segment.empty() && access(known.segment.c_str(), F_OK) != 0) return false;
+    return !ShmGraveyard::get().holds(known.engine);
   }
 
   void close() override {
-    for (auto*& endpoint : endpoints_) close_fid(endpoint);
-    endpoints_.clear();
-    for (auto*& mr : memory_) close_fid(mr);
-    memory_.clear();
-    close_fid(cq_);
-    close_fid(av_);
-    close_fid(domain_);
-    close_fid(fabric_);
+    if (in_graveyard_) {
+      in_graveyard_ = false;
+      ShmGraveyard::get().bury(address_.engine, std::move(open_));
+    } else {
+      Resources closing(std::move(open_));
+    }
   }
 
  private:
@@ -207,29 +289,21 @@ class LibfabricFabric final : public Fabric {
     std::vector<fi_addr_t> addresses;
     uint32_t pid = 0;
     bool same_pids = false;  // our kernel can tell whether `pid` lives
+    std::string segment;     // shm: the file that goes with the peer's endpoint; empty: not known
+    EngineId engine{};
   };
+
+  static std::string shm_segment(const std::vector<std::byte>& name) {
+    std::string text(reinterpret_cast<const char*>(name.data()), name.size());
+    text.resize(std::strlen(text.c_str()));
+    if (auto prefix = text.find("://"); prefix != std::string::npos) text.erase(0, prefix + 3);
+    std::string path = "/dev/shm/" + text;
+    return access(path.c_str(), F_OK) == 0 ? path : "";
+  }
 
   std::string error_text(ssize_t rc) const {
     int code = static_cast<int>(rc < 0 ? -rc : rc);
     return std::string(lib_.strerror(code)) + " (" + std::to_string(code) + ")";
-  }
-
-  // Of no bytes none can be late, and shm (1.17) never completes an empty write with FI_DELIVERY_COMPLETE.
-  // The empty source is a valid one: ofi_rxd reads the first without looking at their number.
-  ssize_t write_nothing(FabricOp& op, fi_addr_t to) {
-    iovec source{receive_bytes_.data(), 0};
-    void* local = receive_memory_.local;
-    fi_rma_iov target{op.target, 0, op.key};
-    fi_msg_rma message{};
-    message.msg_iov = &source;
-    message.desc = &local;
-    message.iov_count = 1;
-    message.addr = to;
-    message.rma_iov = &target;
-    message.rma_iov_count = 1;
-    message.context = &op;
-    message.data = op.imm;
-    return fi_writemsg(endpoints_[op.rail], &message, FI_REMOTE_CQ_DATA | FI_COMPLETION);
   }
 
   void check(int rc, const char* what) const {
@@ -289,23 +363,27 @@ class LibfabricFabric final : public Fabric {
   }
 
   void open_endpoints(int count) {
-    check(lib_.fabric(info_->fabric_attr, &fabric_, nullptr), "opening the fabric");
-    check(fi_domain(fabric_, info_.get(), &domain_, nullptr), "opening the domain");
+    check(lib_.fabric(info_->fabric_attr, &open_.fabric, nullptr), "opening the fabric");
+    check(fi_domain(open_.fabric, info_.get(), &open_.domain, nullptr), "opening the domain");
     fi_cq_attr cq{};
     cq.format = FI_CQ_FORMAT_DATA;
     cq.wait_obj = FI_WAIT_NONE;
     cq.size = static_cast<size_t>(count) * (info_->tx_attr->size + info_->rx_attr->size);
-    check(fi_cq_open(domain_, &cq, &cq_, nullptr), "opening the completion queue");
+    check(fi_cq_open(open_.domain, &cq, &open_.cq, nullptr), "opening the completion queue");
     fi_av_attr av{};
     av.type = info_->domain_attr->av_type;
-    check(fi_av_open(domain_, &av, &av_, nullptr), "opening the address vector");
+    check(fi_av_open(open_.domain, &av, &open_.av, nullptr), "opening the address vector");
     address_ = make_address("libfabric", provider_);
+    if (provider_ == "shm") {
+      ShmGraveyard::get().opened();
+      in_graveyard_ = true;
+    }
     for (int i = 0; i < count; ++i) {
       fid_ep* endpoint = nullptr;
-      check(fi_endpoint(domain_, info_.get(), &endpoint, nullptr), "opening an endpoint");
-      endpoints_.push_back(endpoint);
-      check(fi_ep_bind(endpoint, &cq_->fid, FI_TRANSMIT | FI_RECV), "binding the completion queue");
-      check(fi_ep_bind(endpoint, &av_->fid, 0), "binding the address vector");
+      check(fi_endpoint(open_.domain, info_.get(), &endpoint, nullptr), "opening an endpoint");
+      open_.endpoints.push_back(endpoint);
+      check(fi_ep_bind(endpoint, &open_.cq->fid, FI_TRANSMIT | FI_RECV), "binding the completion queue");
+      check(fi_ep_bind(endpoint, &open_.av->fid, 0), "binding the address vector");
       check(fi_enable(endpoint), "enabling an endpoint");
       address_.endpoints.push_back(endpoint_name(endpoint));
     }
@@ -313,7 +391,8 @@ class LibfabricFabric final : public Fabric {
     caps_.max_message = std::min(kMessageBytes, info_->ep_attr->max_msg_size);
     caps_.queue_depth = static_cast<size_t>(count) * info_->tx_attr->size;
     caps_.rails = static_cast<uint32_t>(count);
-    caps_.delivery_complete = (info_->tx_attr->op_flags & FI_DELIVERY_COMPLETE) != 0;
+    completion_ = info_->tx_attr->op_flags & FI_DELIVERY_COMPLETE;
+    caps_.delivery_complete = completion_ != 0;
     // Without remote data shm copies straight into the peer and checks no key.
     imm_always_ = provider_ == "shm";
   }
@@ -340,20 +419,20 @@ class LibfabricFabric final : public Fabric {
 
   void post_receive(FabricOp& op) {
     auto* buffer = const_cast<std::byte*>(op.source);
-    ssize_t rc = fi_recv(endpoints_[0], buffer, kMessageBytes, op.local, FI_ADDR_UNSPEC, &op);
+    ssize_t rc = fi_recv(open_.endpoints[0], buffer, kMessageBytes, op.local, FI_ADDR_UNSPEC, &op);
     if (rc != 0) log().error("libfabric {}: posting a receive: {}", provider_, error_text(rc));
   }
 
   size_t report_error(FabricEvents& events) {
     fi_cq_err_entry entry{};
-    ssize_t rc = fi_cq_readerr(cq_, &entry, 0);
+    ssize_t rc = fi_cq_readerr(open_.cq, &entry, 0);
     if (rc == -FI_EAGAIN) return 0;
     if (rc < 0) {
       events.on_error(Error(ErrorKind::kFabric, "reading an error of " + provider_ + ": " + error_text(rc)));
       return 0;
     }
     char buffer[256] = {};
-    const char* detail = fi_cq_strerror(cq_, entry.prov_errno, entry.err_data, buffer, sizeof buffer);
+    const char* detail = fi_cq_strerror(open_.cq, entry.prov_errno, entry.err_data, buffer, sizeof buffer);
     std::string text = provider_ + ": " + error_text(entry.err);
     if (entry.prov_errno != 0 && entry.prov_errno != entry.err && detail != nullptr) {
       text += std::string(", ") + detail + " (" + std::to_string(entry.prov_errno) + ")";
@@ -377,13 +456,10 @@ class LibfabricFabric final : public Fabric {
   FabricCaps caps_;
   PeerAddress address_;
   bool imm_always_ = false;
-  uint64_t next_key_ = 1;  // read only by providers that let the user choose keys
-  fid_fabric* fabric_ = nullptr;
-  fid_domain* domain_ = nullptr;
-  fid_cq* cq_ = nullptr;
-  fid_av* av_ = nullptr;
-  std::vector<fid_ep*> endpoints_;
-  std::vector<fid_mr*> memory_;
+  uint64_t completion_ = 0;  // FI_DELIVERY_COMPLETE where offered
+  uint64_t next_key_ = 1;    // read only by providers that let the user choose keys
+  Resources open_;
+  bool in_graveyard_ = false;  // ours is one of the process's shm endpoints
   std::vector<Peer> peers_;
   std::vector<std::byte> receive_bytes_;
   FabricMemory receive_memory_;
