@@ -197,6 +197,8 @@ void EngineCore::post_pending() {
     while (!peer.pending.empty()) {
       Op* op = peer.pending.pop();
       if (post(peer, op)) continue;
+      // The next try goes over another rail: this one's connection may be the one that is broken.
+      if (op->kind == FabricOp::Kind::kWrite) op->rail = peer.next_rail++ % caps_.rails;
       peer.pending.push_front(op);
       break;
     }

@@ -189,10 +189,17 @@ class LibfabricFabric final : public Fabric {
     }
     Peer entry;
     entry.pid = peer.pid;
-    entry.engine = peer.engine;
-    if (provider_ == "shm") entry.segment = shm_segment(peer.endpoints[0]);
     entry.same_pids =
         peer.pid_namespace != 0 && peer.pid_namespace == address_.pid_namespace && peer.host == address_.host;
+    bool same_process = entry.same_pids && peer.pid == address_.pid && peer.engine != address_.engine;
+    if (same_process && provider_ == "shm" && lib_.major() >= 2) {
+      throw Error(
+          ErrorKind::kFabric,
+          "the shm provider of libfabric 2 crashes between engines of one process; use fabric='local' "
+          "there, or libfabric 1");
+    }
+    entry.engine = peer.engine;
+    if (provider_ == "shm") entry.segment = shm_segment(peer.endpoints[0]);
     for (const auto& name : peer.endpoints) {
       fi_addr_t address = FI_ADDR_UNSPEC;
       // Providers read as many bytes as their own names have; a shorter one would be read past its end.
@@ -266,13 +273,12 @@ class LibfabricFabric final : public Fabric {
     return static_cast<size_t>(count);
   }
 
-  // shm never reports that a peer is gone: its queue just stays full.
+  // shm never reports that a peer is gone, its queue just stays full; tcp tries to connect again and again.
   bool alive(uint32_t peer) override {
-    if (provider_ != "shm") return true;
     const Peer& known = peers_[peer];
     if (known.same_pids && kill(static_cast<pid_t>(known.pid), 0) != 0 && errno == ESRCH) return false;
     if (!known.segment.empty() && access(known.segment.c_str(), F_OK) != 0) return false;
-    return !ShmGraveyard::get().holds(known.engine);
+    return provider_ != "shm" || !ShmGraveyard::get().holds(known.engine);
   }
 
   void close() override {

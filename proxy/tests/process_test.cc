@@ -116,6 +116,7 @@ TEST_P(ProcessTest, KilledPeerFailsWritesToItOnly) {
     return true;
   });
   TransferEngine engine(config), other(config);
+  if (shm_needs_processes(engine)) GTEST_SKIP();
   auto source = engine.allocate(kSize);
   auto remote = engine.open(RegionDescriptor(to_parent.get()));
   auto at_other = other.allocate(kSize);
@@ -134,8 +135,12 @@ TEST_P(ProcessTest, KilledPeerFailsWritesToItOnly) {
     engine.write({source.get(), 0, remote.get(), 0, kSize, 1}, &lost);
     engine.write({source.get(), 0, to_other.get(), 0, kSize, 1}, &good);
   }
-  EXPECT_EQ(wait_done(engine, good, kWrites), kWrites);
-  EXPECT_EQ(good.failed(), 0u) << good.error()->what();
+  other.imm_counter(1).wait(kWrites);
+  // shm of libfabric 1 completes in order over all peers, so that there a dead one holds up the rest.
+  if (GetParam().name != "shm") {
+    EXPECT_EQ(wait_done(engine, good, kWrites), kWrites);
+    EXPECT_EQ(good.failed(), 0u) << good.error()->what();
+  }
   ASSERT_EQ(wait_done(engine, lost, kWrites, 15s), kWrites) << "no write may hang";
   EXPECT_EQ(lost.failed(), kWrites);
   auto kind = lost.error()->kind();

@@ -81,9 +81,17 @@ inline uint64_t wait_done(TransferEngine& engine, const CompletionCounter& count
   return counter.done();
 }
 
+// libfabric 2's shm crashes between engines of one process, which the engine therefore refuses.
+inline bool shm_needs_processes(const TransferEngine& engine) {
+  return engine.fabric_name().starts_with("libfabric:shm 2");
+}
+
 // Two engines of one process, `a` writing to `b`.
 class PairTest : public ::testing::TestWithParam<FabricCase> {
  protected:
+  void SetUp() override {
+    if (shm_needs_processes(a)) GTEST_SKIP() << a.fabric_name();
+  }
   TransferEngine a{GetParam().config};
   TransferEngine b{GetParam().config};
 };
