@@ -20,13 +20,20 @@ enum class ErrorKind {
 // The name under which Python raises the kind; error texts that cross XLA start with it.
 constexpr std::string_view error_name(ErrorKind kind) {
   switch (kind) {
-    case ErrorKind::kInvalidArgument: return "ValueError";
-    case ErrorKind::kFabric: return "FabricError";
-    case ErrorKind::kPeer: return "PeerError";
-    case ErrorKind::kTimeout: return "TimeoutError";
-    case ErrorKind::kClosed: return "GroupClosedError";
-    case ErrorKind::kMismatch: return "MismatchError";
-    case ErrorKind::kRouting: return "RoutingError";
+    case ErrorKind::kInvalidArgument:
+      return "ValueError";
+    case ErrorKind::kFabric:
+      return "FabricError";
+    case ErrorKind::kPeer:
+      return "PeerError";
+    case ErrorKind::kTimeout:
+      return "TimeoutError";
+    case ErrorKind::kClosed:
+      return "GroupClosedError";
+    case ErrorKind::kMismatch:
+      return "MismatchError";
+    case ErrorKind::kRouting:
+      return "RoutingError";
   }
   return "FabricError";
 }
