@@ -26,7 +26,7 @@ app = typer.Typer(
 @app.command()
 def demo(
     processes: Annotated[int, typer.Option(min=1, max=64, help="Processes; each is a rank.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: about two minutes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; enough if not given.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the curves and the sample.")] = Path("demo_out"),
     fabric: Annotated[str, typer.Option(help="auto, tcp, shm, or another fabric.")] = "auto",
 ) -> None:

@@ -430,7 +430,7 @@ class TransferEngine:
         The region is writable if the buffer is. It holds a reference to the memory.
         """
         view, writable = _as_array(array)
-        flat = view.reshape(-1).view(np.uint8) if view.size else np.empty(0, np.uint8)
+        flat = view.reshape(-1).view(np.uint8)
         return Region(self._core.register_buffer(flat, writable), view, writable, self._core)
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.uint8) -> Region:
@@ -444,8 +444,10 @@ class TransferEngine:
         sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
         sizes = tuple(_integer("shape", size, 0, 2**62) for size in sizes)
         nbytes = math.prod(sizes) * kind.itemsize
-        if nbytes > 2**62:
-            raise ValueError(f"shape: {list(sizes)} of {kind} takes {nbytes} bytes")
+        if not 0 < nbytes <= 2**62:
+            raise ValueError(
+                f"shape: must take at least one byte, and fit memory; {sizes} of {kind} takes {nbytes}"
+            )
         core = self._core.allocate(nbytes)
         # ml_dtypes such as bfloat16 are NumPy dtypes like any other here.
         return Region(core, core.view().view(kind).reshape(sizes), True, self._core)
@@ -665,6 +667,8 @@ def _as_array(array: Any) -> tuple[npt.NDArray[Any], bool]:
         writable = not memory.readonly
     if view.dtype.hasobject:
         raise TypeError(f"array: must hold plain data, has dtype {view.dtype}")
+    if view.nbytes == 0:
+        raise ValueError(f"array: must hold at least one byte, has shape {view.shape}")
     if not view.flags.c_contiguous:
         raise ValueError("array: must be C-contiguous; register numpy.ascontiguousarray(array)")
     return view, writable

@@ -218,7 +218,7 @@ class Completer : public std::enable_shared_from_this<Completer> {
     operation->source = std::move(source);
     operation->targets = std::move(targets);
     const std::lock_guard lock(mutex_);
-    if (stopping_) throw Error(ErrorKind::kClosed, "the engine is closed");
+    if (stopping_) throw Error(ErrorKind::kClosed, "the TransferEngine is closed");
     if (!thread_.joinable()) {
       thread_ = std::thread([self = shared_from_this()] { self->run(); });
     }

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "proxy/error.h"
+#include "proxy/fabric/signal_guard.h"
 #include "proxy/log.h"
 
 namespace pplx {
@@ -45,6 +46,7 @@ bool resolve(void* handle, const char* symbol, Function& function) {
 }
 
 std::optional<Libfabric> try_open(const std::string& path, std::string& tried) {
+  const SignalGuard guard{SIGINT, SIGTERM, SIGSEGV, SIGBUS, SIGILL, SIGABRT, SIGFPE};
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
     tried += "\n  " + std::string(dlerror());
