@@ -160,7 +160,7 @@ sources() { find proxy xla_ffi -name tests -prune -o \( -name '*.cc' -o -name '*
 modules() { find pplx_jax/ models/ -name '*.py*' -not -path '*/__pycache__/*' | LC_ALL=C sort; }
 digest() { cat -- "$@" | sha256sum | cut -d' ' -f1; }
 # shellcheck disable=SC2046
-requirements_key() { printf '%s %s' "$1" "$(digest pyproject.toml scripts/dev.sh)"; }
+requirements_key() { printf "%s %s %s" "$1" "${BUILD_REQUIREMENTS[*]}" "$(digest pyproject.toml)"; }
 # shellcheck disable=SC2046
 extension_key() { printf '%s %s' "$(digest pyproject.toml CMakeLists.txt $(sources))" "$(modules | sha256sum | cut -d' ' -f1)"; }
 

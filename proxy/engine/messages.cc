@@ -13,6 +13,7 @@ namespace {
 constexpr uint32_t kMessageMagic = 0x4d584c50;  // "PLXM"
 enum MessageType : uint8_t { kUser = 1, kBarrier = 2 };
 constexpr size_t kMaxUnread = 4096;
+constexpr uint32_t kSlotsPerPeer = 16;
 
 }  // namespace
 
@@ -56,14 +57,21 @@ void EngineCore::queue_message(uint32_t peer, Bytes bytes, CompletionSink* sink)
 }
 
 void EngineCore::flush_messages() {
-  while (!outgoing_.empty() && (fabric_closed_ || !free_slots_.empty())) {
-    Outgoing message = std::move(outgoing_.front());
-    outgoing_.pop_front();
-    if (fabric_closed_) {
-      Error error(ErrorKind::kClosed, "the TransferEngine was closed before the message was sent");
-      if (message.sink != nullptr) message.sink->complete(&error);
+  if (fabric_closed_) {
+    Error error(ErrorKind::kClosed, "the TransferEngine was closed before the message was sent");
+    for (auto& message : outgoing_) message.sink->complete(&error);
+    outgoing_.clear();
+    return;
+  }
+  for (size_t i = 0; i < outgoing_.size() && !free_slots_.empty();) {
+    // A peer that takes nothing must not keep all buffers from the others.
+    if (peers_[outgoing_[i].peer].messages >= kSlotsPerPeer) {
+      ++i;
       continue;
     }
+    Outgoing message = std::move(outgoing_[i]);
+    outgoing_.erase(outgoing_.begin() + static_cast<ptrdiff_t>(i));
+    ++peers_[message.peer].messages;
     Op* op = pool_.take();
     op->slot = free_slots_.back();
     free_slots_.pop_back();

@@ -242,7 +242,10 @@ void EngineCore::notify_split(Op* op, const Error* error) {
 }
 
 void EngineCore::recycle(Op* op) {
-  if (op->kind == FabricOp::Kind::kMessage) free_slots_.push_back(op->slot);
+  if (op->kind == FabricOp::Kind::kMessage) {
+    free_slots_.push_back(op->slot);
+    --peers_[op->peer].messages;
+  }
   if (op->shared) {
     std::lock_guard lock(shared_pool_mutex_);
     shared_pool_.put(op);

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <climits>
+#include <fstream>
 #include <random>
 
 #include "proxy/bytes.h"
@@ -28,6 +29,15 @@ void check_header(ByteReader& in, uint32_t magic) {
     in.malformed("it has version " + std::to_string(version) + ", this build reads " +
                  std::to_string(kVersion));
   }
+}
+
+// The initial namespace has the same number on every machine, hence the boot id.
+uint64_t pid_namespace() {
+  struct stat ns {};
+  std::ifstream boot("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  if (stat("/proc/self/ns/pid", &ns) != 0 || !(boot >> id)) return 0;
+  return fnv1a(std::as_bytes(std::span(id += std::to_string(ns.st_ino))));
 }
 
 EngineId random_id() {
@@ -55,8 +65,7 @@ PeerAddress make_address(std::string fabric, std::string provider) {
   address.provider = std::move(provider);
   address.engine = random_id();
   address.pid = static_cast<uint32_t>(getpid());
-  struct stat ns {};
-  if (stat("/proc/self/ns/pid", &ns) == 0) address.pid_namespace = ns.st_ino;
+  address.pid_namespace = pid_namespace();
   char host[HOST_NAME_MAX + 1] = {};
   if (gethostname(host, sizeof host - 1) == 0) address.host = host;
   return address;

@@ -1,5 +1,7 @@
 #include "proxy/fabric/libfabric.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <rdma/fi_cm.h>
 #include <rdma/fi_domain.h>
 #include <rdma/fi_endpoint.h>
@@ -187,6 +189,13 @@ class LibfabricFabric final : public Fabric {
       throw Error(ErrorKind::kInvalidArgument, "the peer " + peer.label() + " uses " + peer.fabric + ":" +
                                                    peer.provider + ", this engine libfabric:" + provider_);
     }
+    if (peer.host != address_.host && is_loopback(peer.endpoints[0])) {
+      throw Error(ErrorKind::kInvalidArgument,
+                  "the peer " + peer.label() +
+                      " listens on its loopback address only, which is not reachable "
+                      "from " +
+                      address_.host + ": set EngineConfig.bind_address there");
+    }
     Peer entry;
     entry.pid = peer.pid;
     entry.same_pids =
@@ -298,6 +307,13 @@ class LibfabricFabric final : public Fabric {
     std::string segment;     // shm: the file that goes with the peer's endpoint; empty: not known
     EngineId engine{};
   };
+
+  bool is_loopback(const std::vector<std::byte>& name) const {
+    sockaddr_in address{};
+    if (info_->addr_format != FI_SOCKADDR_IN || name.size() < sizeof address) return false;
+    std::memcpy(&address, name.data(), sizeof address);
+    return ntohl(address.sin_addr.s_addr) >> 24 == 127;
+  }
 
   static std::string shm_segment(const std::vector<std::byte>& name) {
     std::string text(reinterpret_cast<const char*>(name.data()), name.size());

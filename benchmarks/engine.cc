@@ -1,0 +1,245 @@
+// What the TransferEngine adds to libfabric: two processes play ping-pong and stream, over a bare loop and
+// over the engine in turn, so that both see the same machine.
+//
+//   bench_engine [shm|tcp|PROVIDER]... [--repeats N]
+#include "proxy/engine/engine.h"
+
+#include <sys/select.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "benchmarks/bare.h"
+
+namespace pplx::bench {
+namespace {
+
+constexpr size_t kLongest = 16 << 20;
+constexpr uint64_t kWindow = 64;  // writes in flight while streaming
+
+class EngineSide {
+ public:
+  EngineSide(const std::string& fabric, size_t size)
+      : engine_(config(fabric)), source_(engine_.allocate(size)), target_(engine_.allocate(size)) {
+    std::memset(source_->data(), 1, size);
+    counter_ = engine_.imm_counter(7);
+  }
+  std::vector<std::byte> descriptor() const { return target_->descriptor().bytes(); }
+  void connect(const std::vector<std::byte>& peer) { remote_ = engine_.open(RegionDescriptor(peer)); }
+  void post(size_t length) { engine_.write({source_.get(), 0, remote_.get(), 0, length, 7}, &done_); }
+  void poll() { engine_.progress(); }
+  uint64_t sent() const { return done_.done(); }
+  uint64_t received() const { return counter_.value(); }
+  std::string name() const { return engine_.fabric_name(); }
+
+ private:
+  static EngineConfig config(const std::string& fabric) {
+    EngineConfig config;
+    config.fabric = fabric;
+    return config;
+  }
+  CompletionCounter done_;
+  TransferEngine engine_;
+  std::shared_ptr<Region> source_, target_;
+  std::shared_ptr<RemoteRegion> remote_;
+  ImmCounter counter_;
+};
+
+// A blocking byte stream to the other process.
+struct Link {
+  int in, out;
+  void put(const std::vector<std::byte>& bytes) const {
+    size_t size = bytes.size();
+    if (write(out, &size, sizeof size) != sizeof size || write(out, bytes.data(), size) != ssize_t(size))
+      _exit(1);
+  }
+  std::vector<std::byte> get() const {
+    size_t size = 0;
+    if (read(in, &size, sizeof size) != sizeof size) _exit(1);
+    std::vector<std::byte> bytes(size);
+    if (read(in, bytes.data(), size) != ssize_t(size)) _exit(1);
+    return bytes;
+  }
+  void meet() const {
+    put({std::byte{0}});
+    get();
+  }
+};
+
+double seconds() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
+
+// The other side may still need our acknowledgements: polls until it is done as well.
+template <typename Side>
+void meet_polling(Side& side, const Link& link) {
+  link.put({std::byte{0}});
+  for (;;) {
+    side.poll();
+    fd_set set;
+    FD_ZERO(&set);
+    FD_SET(link.in, &set);
+    timeval now{0, 0};
+    if (select(link.in + 1, &set, nullptr, nullptr, &now) > 0) break;
+  }
+  link.get();
+}
+
+// Seconds of half a round trip.
+template <typename Side>
+double ping_pong(Side& side, const Link& link, bool first, size_t length, uint64_t rounds) {
+  uint64_t sent = side.sent(), received = side.received();
+  link.meet();
+  double started = seconds();
+  for (uint64_t i = 1; i <= rounds; ++i) {
+    if (first) side.post(length);
+    while (side.received() < received + i) side.poll();
+    if (!first) side.post(length);
+  }
+  double elapsed = seconds() - started;
+  while (side.sent() < sent + rounds) side.poll();
+  meet_polling(side, link);
+  return elapsed / double(rounds) / 2;
+}
+
+// Seconds a write, from the first post to the last completion.
+template <typename Side>
+double stream(Side& side, const Link& link, bool first, size_t length, uint64_t writes) {
+  uint64_t sent = side.sent(), received = side.received();
+  link.meet();
+  double started = seconds();
+  if (first) {
+    for (uint64_t i = 0; i < writes; ++i) {
+      while (sent + i - side.sent() >= kWindow) side.poll();
+      side.post(length);
+    }
+    while (side.sent() < sent + writes) side.poll();
+  } else {
+    while (side.received() < received + writes) side.poll();
+  }
+  double elapsed = seconds() - started;
+  meet_polling(side, link);
+  return elapsed / double(writes);
+}
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + long(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+// Medians over the repeats, and the median of the paired differences and ratios.
+struct Pair {
+  std::vector<double> bare, engine;
+  double difference() const {
+    std::vector<double> each(bare.size());
+    for (size_t i = 0; i < bare.size(); ++i) each[i] = engine[i] - bare[i];
+    return median(each);
+  }
+  double ratio() const {
+    std::vector<double> each(bare.size());
+    for (size_t i = 0; i < bare.size(); ++i) each[i] = engine[i] / bare[i];
+    return median(each);
+  }
+};
+
+double memcpy_rate(size_t length) {
+  std::vector<std::byte> a(kLongest), b(kLongest);
+  std::memset(a.data(), 1, a.size());
+  size_t rounds = std::max<size_t>(4, (64 << 20) / std::max<size_t>(length, 64));
+  for (int warm = 0;; ++warm) {
+    double started = seconds();
+    for (size_t i = 0; i < rounds; ++i) {
+      std::memcpy(b.data(), a.data(), length);
+      asm volatile("" ::"r"(b.data()) : "memory");
+    }
+    if (warm == 2) return double(length) * double(rounds) / (seconds() - started);
+  }
+}
+
+void play(const std::string& fabric, const Link& link, bool first, int repeats) {
+  BareSide bare(fabric, kLongest);
+  EngineSide engine(fabric, kLongest);
+  for (auto* text : {"bare", "engine"}) {
+    bool is_bare = text[0] == 'b';
+    link.put(is_bare ? bare.descriptor() : engine.descriptor());
+    auto peer = link.get();
+    is_bare ? bare.connect(peer) : engine.connect(peer);
+  }
+  if (first) {
+    std::printf("\n%s, %d repeats in turn, medians\n", engine.name().c_str(), repeats);
+    std::printf("%9s | %21s %8s %6s | %19s %6s | %15s %7s\n", "", "half round trip us", "+ns", "ratio",
+                "million writes/s", "ratio", "GB/s", "memcpy");
+    std::printf("%9s | %10s %10s %8s %6s | %9s %9s %6s | %7s %7s %7s\n", "bytes", "bare", "engine", "", "",
+                "bare", "engine", "", "bare", "engine", "GB/s");
+  }
+  for (size_t length :
+       {size_t{8}, size_t{256}, size_t{4096}, size_t{16384}, size_t{65536}, size_t{1} << 20, kLongest}) {
+    auto rounds = std::clamp<uint64_t>((64 << 20) / length, 8, 10000);
+    auto writes = std::clamp<uint64_t>((256 << 20) / length, 16, 50000);
+    Pair latency, rate;
+    for (int i = -1; i < repeats; ++i) {  // the first one warms up
+      double a = ping_pong(bare, link, first, length, rounds);
+      double b = ping_pong(engine, link, first, length, rounds);
+      double c = stream(bare, link, first, length, writes);
+      double d = stream(engine, link, first, length, writes);
+      if (i < 0) continue;
+      latency.bare.push_back(a);
+      latency.engine.push_back(b);
+      rate.bare.push_back(c);
+      rate.engine.push_back(d);
+    }
+    if (!first) continue;
+    double bare_write = median(rate.bare), engine_write = median(rate.engine);
+    std::printf("%9zu | %10.2f %10.2f %8.0f %6.3f | %9.3f %9.3f %6.3f | %7.2f %7.2f %7.1f\n", length,
+                median(latency.bare) * 1e6, median(latency.engine) * 1e6, latency.difference() * 1e9,
+                latency.ratio(), 1e-6 / bare_write, 1e-6 / engine_write, 1 / rate.ratio(),
+                double(length) / bare_write * 1e-9, double(length) / engine_write * 1e-9,
+                memcpy_rate(length) * 1e-9);
+    std::fflush(stdout);
+  }
+  link.meet();
+}
+
+int run(const std::string& fabric, int repeats) {
+  int down[2], up[2];
+  if (pipe(down) != 0 || pipe(up) != 0) return 1;
+  pid_t child = fork();  // before libfabric is touched: providers do not survive a fork
+  if (child == 0) {
+    play(fabric, {down[0], up[1]}, false, repeats);
+    _exit(0);
+  }
+  // Again in a child, so that the next provider forks from a clean process.
+  pid_t parent = fork();
+  if (parent == 0) {
+    play(fabric, {up[0], down[1]}, true, repeats);
+    std::fflush(stdout);
+    _exit(0);
+  }
+  int status = 0, other = 0;
+  waitpid(parent, &status, 0);
+  waitpid(child, &other, 0);
+  return status != 0 || other != 0;
+}
+
+}  // namespace
+}  // namespace pplx::bench
+
+int main(int argc, char** argv) {
+  std::vector<std::string> fabrics;
+  int repeats = 7;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) {
+      repeats = std::max(1, std::atoi(argv[++i]));
+    } else {
+      fabrics.emplace_back(argv[i]);
+    }
+  }
+  if (fabrics.empty()) fabrics = {"shm", "tcp"};
+  int failed = 0;
+  for (const auto& fabric : fabrics) failed |= pplx::bench::run(fabric, repeats);
+  return failed;
+}
