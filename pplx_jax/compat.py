@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import jax
+import jax.extend.core
 import numpy as np
 from jax._src import distributed  # the coordination service has no public accessor
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
@@ -73,6 +74,23 @@ def result_type(
         sharding=NamedSharding(mesh, PartitionSpec(*([None] * len(shape)))),
         manual_axis_type=ManualAxisType(varying=axes),
     )
+
+
+def lift_closure(
+    function: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """``function`` as ``lifted(captured, args)`` with every array that it closes over in ``captured``.
+
+    ``jax.closure_convert`` lifts only what is being differentiated; integers stay behind as tracers.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    tree = jax.tree.structure(shapes)
+
+    def lifted(captured: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, captured))
+        return jax.tree.unflatten(tree, run(*jax.tree.leaves(args)))
+
+    return lifted, tuple(closed.consts)
 
 
 def zero_cotangent(x: jax.Array) -> Any:

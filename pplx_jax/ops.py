@@ -264,14 +264,19 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 def tie(values: list[jax.Array], after: list[jax.Array]) -> list[jax.Array]:
     """``values``, unchanged but available only after ``after``; XLA sees through an optimization barrier on
-    CPU, not through this."""
-    results = [compat.result_type([value, *after], value.shape, value.dtype) for value in values]
-    axes = frozenset[str]().union(*(compat.varying_axes(x) for x in (*values, *after)))
-    operands = [compat.to_varying(x, axes) for x in (*values, *after)]
+    CPU, not through this. A value that varies over fewer axes than ``after`` stays as it is: the call would
+    change its type."""
+    axes = frozenset[str]().union(*(compat.varying_axes(x) for x in after))
+    tied = [i for i, value in enumerate(values) if compat.varying_axes(value) >= axes]
+    if not tied or not after:
+        return values
     call = jax.ffi.ffi_call(
         "pplx_tie",
-        results,
+        [compat.result_type([values[i]], values[i].shape, values[i].dtype) for i in tied],
         vmap_method="sequential",
-        input_output_aliases={i: i for i in range(len(values))},
+        input_output_aliases={i: i for i in range(len(tied))},
     )
-    return list(call(*operands))
+    results = list(values)
+    for i, result in zip(tied, call(*(values[i] for i in tied), *after), strict=True):
+        results[i] = result
+    return results

@@ -9,7 +9,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pplx_jax import ops
+from pplx_jax import compat, ops
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(function: Callable[..., Any], captured: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    return function(captured, args)
+
+
+def _forward(function: Callable[..., Any], *operands: Any) -> tuple[Any, tuple[Any, ...]]:
+    return function(*operands), operands
+
+
+def _backward(function: Callable[..., Any], operands: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
+    leaves, tree = jax.tree.flatten(operands)
+    markers = [
+        ct.reshape(-1)[:1] for ct in jax.tree.leaves(cotangents) if ct.size and ct.dtype != jax.dtypes.float0
+    ]
+    tied = jax.tree.unflatten(tree, ops.tie([jnp.asarray(leaf) for leaf in leaves], markers))
+    _, transpose = jax.vjp(function, *tied)
+    gradients: tuple[Any, ...] = transpose(cotangents)
+    return gradients
+
+
+_recomputed.defvjp(_forward, _backward)
 
 
 def moe_remat(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,31 +43,15 @@ def moe_remat(function: Callable[..., Any]) -> Callable[..., Any]:
     with a ``MismatchError``. Here the recomputation reads its arguments only once the incoming cotangent is
     there, by a real data dependency.
 
-    Use it inside ``jax.shard_map``, on a function of one or more dispatch / experts / combine. Everything
-    differentiated must be an argument, not a closure.
+    Use it inside ``jax.shard_map``, on a function of one or more dispatch / experts / combine. Gradients of
+    closed-over arrays are right, too.
 
     Args:
       function: pure; arguments and results are pytrees of arrays.
     """
 
-    @jax.custom_vjp
+    @functools.wraps(function)
     def wrapped(*args: Any) -> Any:
-        return function(*args)
+        return _recomputed(*compat.lift_closure(function, args), args)
 
-    def forward(*args: Any) -> tuple[Any, Any]:
-        return function(*args), args
-
-    def backward(args: Any, cotangents: Any) -> tuple[Any, ...]:
-        leaves, tree = jax.tree.flatten(args)
-        markers = [
-            ct.reshape(-1)[:1]
-            for ct in jax.tree.leaves(cotangents)
-            if ct.size and ct.dtype != jax.dtypes.float0
-        ]
-        tied = jax.tree.unflatten(tree, ops.tie([jnp.asarray(leaf) for leaf in leaves], markers))
-        _, transpose = jax.vjp(function, *tied)
-        gradients: tuple[Any, ...] = transpose(cotangents)
-        return gradients
-
-    wrapped.defvjp(forward, backward)
-    return functools.wraps(function)(wrapped)
+    return wrapped

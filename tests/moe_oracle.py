@@ -14,6 +14,9 @@ from jax.sharding import PartitionSpec as P
 from pplx_jax import ExpertParallel
 
 
+SPEC = P("ep")
+
+
 def make_mesh(ranks: int, axis: str = "ep") -> Mesh:
     return Mesh(np.array(jax.devices()[:ranks]), (axis,))
 
@@ -48,9 +51,7 @@ class Case:
         rng = np.random.default_rng(seed)
         self.ep, self.tokens = ep, tokens
         total = ranks * tokens
-        self.x = np.array(
-            jnp.asarray(rng.normal(size=(total, config.hidden)), config.dtype)
-        )
+        self.x = np.array(jnp.asarray(rng.normal(size=(total, config.hidden)), config.dtype))
         probabilities = np.ones(config.num_experts)
         if skew == "zipf":
             probabilities = 1.0 / np.arange(1, config.num_experts + 1) ** 1.5

@@ -156,9 +156,7 @@ def test_unweighted_and_accumulate():
             plain = ep.combine(batch.tokens, route, weighted=False)
             return plain, ep.combine(batch.tokens, route, weighted=False, accumulate=residual)
 
-        step = jax.jit(
-            jax.shard_map(per_shard, mesh=ep.mesh, in_specs=jax.P("ep"), out_specs=jax.P("ep"))
-        )
+        step = jax.jit(jax.shard_map(per_shard, mesh=ep.mesh, in_specs=jax.P("ep"), out_specs=jax.P("ep")))
         plain, added = step(case.x, case.indices, case.weights, case.counts, residual)
         valid = case.valid()[:, None]
         np.testing.assert_allclose(plain, np.where(valid, 2 * case.x, 0), rtol=1e-6)
