@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -123,10 +124,8 @@ class MoEConfig:
         if self.dtype is not None:
             check_float_dtype("dtype", self.dtype)
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        if self.data_axes is not None:
-            if isinstance(self.data_axes, str) or not all(isinstance(a, str) for a in self.data_axes):
-                raise TypeError(f"data_axes must be a tuple of mesh axis names, got {self.data_axes!r}")
-            object.__setattr__(self, "data_axes", tuple(self.data_axes))
+        if self.data_axes is not None and not isinstance(self.data_axes, tuple):
+            raise TypeError(f"data_axes must be a tuple of mesh axis names, got {self.data_axes!r}")
 
     @property
     def activation_fn(self) -> Callable[[jax.Array], jax.Array]:
@@ -211,9 +210,10 @@ def _group_exchange(
     weights: jax.Array,
     config: MoEConfig,
     ep: ExpertParallel,
+    name: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same over the group, inside shard_map; params are this rank's experts."""
-    batch, way_back = ep.dispatch(x.astype(ep.config.dtype), indices, weights)
+    batch, way_back = ep.dispatch(x.astype(ep.config.dtype), indices, weights, name=name)
     rows = apply_experts(
         params, batch.tokens.astype(x.dtype), batch.group_sizes, activation=config.activation_fn
     )
@@ -228,6 +228,7 @@ def _layer(
     config: MoEConfig,
     ep: ExpertParallel | None,
     axes: tuple[str, ...],
+    name: str,
 ) -> tuple[jax.Array, MoEAux]:
     """The layer on x [T, H] and mask [T]: all tokens without a group, else this shard's, inside shard_map."""
     # HIGHEST: a router rounded to TF32 or bfloat16 would choose other experts on other hardware.
@@ -253,7 +254,7 @@ def _layer(
         y, ok, dropped = _dense_exchange(params.experts, compute, indices, routing.weights, config)
     else:
         experts = _own_experts(params.experts, ep, params.router.shape[1])
-        y, ok, dropped = _group_exchange(experts, compute, indices, routing.weights, config, ep)
+        y, ok, dropped = _group_exchange(experts, compute, indices, routing.weights, config, ep, name)
         sums, (failed, dropped) = router.sum_over_ranks(sums, axes, counts=(1 - ok, dropped))
         ok = (failed == 0).astype(jnp.int32)
     if params.shared is not None:
@@ -284,17 +285,20 @@ def token_axes(ep: ExpertParallel, data_axes: tuple[str, ...] | None = None) -> 
 
 
 def expert_axis(ep: ExpertParallel, num_experts: int) -> tuple[str, ...] | None:
-    """How `moe` wants the experts' leading axis sharded: None (replicated) where the ranks don't divide E."""
-    return group_axes(ep) if num_experts == ep.experts_per_rank * ep.num_ranks else None
+    """How `moe` wants the experts' leading axis sharded: over the group's axes, or None (replicated).
+
+    Replicated where the ranks don't divide E, or an expert_map places experts elsewhere than in order.
+    """
+    return group_axes(ep) if np.array_equal(ep.expert_map, np.arange(num_experts)) else None
 
 
 def _own_experts(params: ExpertParams, ep: ExpertParallel, num_experts: int) -> ExpertParams:
-    """This rank's block of experts, inside shard_map; those past the last one are zeros that get no rows."""
+    """This rank's experts, inside shard_map; a slot without an expert holds zeros and gets no rows."""
     if expert_axis(ep, num_experts) is not None:
         return params  # shard_map has cut them already
-    first = jax.lax.axis_index(group_axes(ep)) * ep.experts_per_rank
-    block = first + jnp.arange(ep.experts_per_rank)
-    own: ExpertParams = jax.tree.map(lambda w: jnp.take(w, block, axis=0, mode="fill", fill_value=0), params)
+    table = np.where(ep.expert_map < 0, num_experts, ep.expert_map).reshape(ep.num_ranks, -1)
+    slots = jnp.asarray(table)[jax.lax.axis_index(group_axes(ep))]
+    own: ExpertParams = jax.tree.map(lambda w: jnp.take(w, slots, axis=0, mode="fill", fill_value=0), params)
     return own
 
 
@@ -359,6 +363,7 @@ def moe(
     *,
     ep: ExpertParallel | None = None,
     mask: jax.Array | None = None,
+    name: str = "",
 ) -> tuple[jax.Array, MoEAux]:
     """The layer: y = sum over a token's k experts of weight_k * expert_k(x), plus shared(x) if there is one.
 
@@ -374,6 +379,8 @@ def moe(
       ep: the expert-parallel group, or None for dense JAX on whatever x is placed.
       mask: bool [...] (x's shape without H), False for tokens that take no part: they reach no expert, count
         in no loss, and get only the shared expert's output. None: all take part.
+      name: of this call site, for the exchange's errors and to tell calls of equal shape apart; the group's
+        name if empty.
 
     Returns:
       (y, aux): y of x's shape and dtype, aux a `MoEAux`.
@@ -399,10 +406,10 @@ def moe(
             raise TypeError(f"mask must be bool, got {mask.dtype}")
     if ep is None:
         flat_mask = None if mask is None else mask.reshape(-1)
-        y, aux = _layer(params, x.reshape(-1, hidden), flat_mask, config, None, ())
+        y, aux = _layer(params, x.reshape(-1, hidden), flat_mask, config, None, (), "")
         return y.reshape(x.shape), aux
     _check_group(ep, hidden, experts, config)
-    return _sharded(params, x, mask, config, ep)
+    return _sharded(params, x, mask, config, ep, name)
 
 
 def _reshard(tree: Any, mesh: Any, specs: Any) -> Any:
@@ -420,7 +427,12 @@ def _reshard(tree: Any, mesh: Any, specs: Any) -> Any:
 
 
 def _sharded(
-    params: MoEParams, x: jax.Array, mask: jax.Array | None, config: MoEConfig, ep: ExpertParallel
+    params: MoEParams,
+    x: jax.Array,
+    mask: jax.Array | None,
+    config: MoEConfig,
+    ep: ExpertParallel,
+    name: str,
 ) -> tuple[jax.Array, MoEAux]:
     axes = token_axes(ep, config.data_axes)
     shards = math.prod(ep.mesh.shape[a] for a in axes)
@@ -446,7 +458,7 @@ def _sharded(
 
     def shard(params: MoEParams, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, MoEAux]:
         flat_mask = None if mask is None else mask.reshape(-1)
-        y, aux = _layer(params, x.reshape(-1, hidden), flat_mask, config, ep, axes)
+        y, aux = _layer(params, x.reshape(-1, hidden), flat_mask, config, ep, axes, name)
         return y.reshape(x.shape), aux
 
     whole: MoEParams = jax.tree.map(lambda _: P(), params)

@@ -227,7 +227,8 @@ def balance_from_sums(sums: RouterSums) -> jax.Array:
     # Counts are exact in int32 and rounded once; they carry no gradient.
     fraction = sums.loads.astype(jnp.float32) / jnp.maximum(sums.loads.sum(), 1).astype(jnp.float32)
     mean_prob = sums.probs / jnp.maximum(sums.tokens, 1).astype(jnp.float32)
-    return jnp.float32(num_experts) * jnp.sum(fraction * mean_prob)
+    loss: jax.Array = jnp.float32(num_experts) * jnp.sum(fraction * mean_prob)
+    return loss
 
 
 def z_from_sums(sums: RouterSums) -> jax.Array:
@@ -307,4 +308,5 @@ def update_selection_bias(bias: jax.Array, loads: jax.Array, *, speed: float = 1
     if bias.shape != loads.shape:
         raise ValueError(f"loads must have bias's shape {tuple(bias.shape)}, got {tuple(loads.shape)}")
     load = loads.astype(jnp.float32)
-    return bias + jnp.asarray(speed * jnp.sign(load.mean() - load), bias.dtype)
+    step: jax.Array = (speed * jnp.sign(load.mean() - load)).astype(bias.dtype)
+    return bias + step
