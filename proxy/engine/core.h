@@ -88,7 +88,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
     OpList posted;
     std::optional<Error> failed;  // set once, for good: an engine that restarts has a new address
     uint32_t next_rail = 0;
-    bool listed = false;  // in pending_peers_
+    bool listed = false;    // in pending_peers_
+    uint32_t messages = 0;  // send buffers that it holds
   };
   struct Outgoing {
     uint32_t peer;
