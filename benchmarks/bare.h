@@ -27,7 +27,8 @@ inline void require(long rc, const char* what) {
 
 class BareSide {
  public:
-  BareSide(const std::string& fabric, size_t size) : lib_(load_libfabric()), source_(size), target_(size) {
+  BareSide(const std::string& fabric, std::byte* source, std::byte* target, size_t size)
+      : lib_(load_libfabric()), source_(source), target_(target) {
     bool old_tcp = fabric == "tcp" && lib_.version() < FI_VERSION(1, 18);
     fi_info* hints = lib_.dupinfo(nullptr);
     hints->caps = FI_MSG | FI_RMA;
@@ -56,9 +57,8 @@ class BareSide {
     require(fi_ep_bind(endpoint_, &cq_->fid, FI_TRANSMIT | FI_RECV), "fi_ep_bind");
     require(fi_ep_bind(endpoint_, &av_->fid, 0), "fi_ep_bind");
     require(fi_enable(endpoint_), "fi_enable");
-    require(fi_mr_reg(domain_, source_.data(), size, FI_WRITE, 0, 1, 0, &source_mr_, nullptr), "fi_mr_reg");
-    require(fi_mr_reg(domain_, target_.data(), size, FI_REMOTE_WRITE, 0, 2, 0, &target_mr_, nullptr),
-            "fi_mr_reg");
+    require(fi_mr_reg(domain_, source_, size, FI_WRITE, 0, 1, 0, &source_mr_, nullptr), "fi_mr_reg");
+    require(fi_mr_reg(domain_, target_, size, FI_REMOTE_WRITE, 0, 2, 0, &target_mr_, nullptr), "fi_mr_reg");
     contexts_.resize(kContexts);
   }
   ~BareSide() {
@@ -75,7 +75,7 @@ class BareSide {
   std::vector<std::byte> descriptor() const {
     std::vector<std::byte> bytes(528);
     bool virtual_address = (info_->domain_attr->mr_mode & FI_MR_VIRT_ADDR) != 0;
-    uint64_t base = virtual_address ? reinterpret_cast<uint64_t>(target_.data()) : 0;
+    uint64_t base = virtual_address ? reinterpret_cast<uint64_t>(target_) : 0;
     uint64_t key = fi_mr_key(target_mr_);
     std::memcpy(bytes.data(), &base, 8);
     std::memcpy(bytes.data() + 8, &key, 8);
@@ -89,7 +89,7 @@ class BareSide {
     if (fi_av_insert(av_, peer.data() + 16, 1, &peer_, 0, nullptr) != 1) require(-1, "fi_av_insert");
   }
   void post(size_t length) {
-    iovec source{source_.data(), length};
+    iovec source{source_, length};
     void* local = fi_mr_desc(source_mr_);
     fi_rma_iov target{remote_base_, length, remote_key_};
     fi_msg_rma message{&source, &local, 1, peer_, &target, 1, &contexts_[next_++ % kContexts], 7};
@@ -114,7 +114,7 @@ class BareSide {
  private:
   static constexpr size_t kContexts = 4096;  // more than are ever outstanding here
   const Libfabric& lib_;
-  std::vector<std::byte> source_, target_;
+  std::byte *source_, *target_;
   fi_info* info_ = nullptr;
   fid_fabric* fabric_ = nullptr;
   fid_domain* domain_ = nullptr;

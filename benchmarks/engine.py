@@ -29,7 +29,7 @@ def build() -> pathlib.Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fabrics", nargs="*", default=["shm", "tcp"], help="libfabric providers (default: shm tcp)")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--binary", type=pathlib.Path, help="an existing bench_engine")
     args = parser.parse_args()
     binary = args.binary or build()

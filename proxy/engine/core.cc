@@ -97,7 +97,7 @@ void EngineCore::run_worker() {
       log().warn("the worker could not be pinned to core {}", config_.cpu);
     }
   }
-  constexpr long kShortNap = 50'000, kLongNap = 1'000'000, kStandBack = 200'000;
+  constexpr long kShortNap = 50'000, kLongNap = 1'000'000, kStandBack = 500'000;
   long nap = kShortNap;
   unsigned idle = 0;
   uint64_t foreign = 0;

@@ -28,6 +28,22 @@ class RegionImpl;
 class GroupImpl;
 struct RemoteRegionImpl;
 
+// A lock that costs one atomic exchange each way: it is taken and released at every write and every poll.
+class ProgressLock {
+ public:
+  bool try_lock() {
+    return !held_.load(std::memory_order_relaxed) && !held_.exchange(true, std::memory_order_acquire);
+  }
+  void lock() {
+    for (unsigned idle = 0; !try_lock();) back_off(idle++);
+  }
+  // Ordered before whatever the holder looks at next, the submission queue above all.
+  void unlock() { held_.exchange(false, std::memory_order_seq_cst); }
+
+ private:
+  std::atomic<bool> held_{false};
+};
+
 class EngineCore final : public FabricEvents, public std::enable_shared_from_this<EngineCore> {
  public:
   explicit EngineCore(const EngineConfig& config);
@@ -138,7 +154,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   std::string fabric_name_;
   Address address_;
 
-  std::mutex lock_;  // the progress lock
+  ProgressLock lock_;
   std::atomic<std::thread::id> holder_{};
   std::atomic<uint32_t> blocked_{0};  // threads waiting for the lock; pollers stand back for them
   SubmissionQueue submissions_;
