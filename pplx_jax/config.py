@@ -14,7 +14,7 @@ from pplx_jax import _core
 #: Tokens of a round when ``chunk`` is not given.
 DEFAULT_CHUNK = 512
 MAX_TOP_K = 16
-MAX_DEPTH = 7
+MAX_DEPTH = 6
 MAX_RANKS = 2048
 _DTYPES = {"float32": _core.DType.float32, "bfloat16": _core.DType.bfloat16}
 

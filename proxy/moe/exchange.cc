@@ -29,6 +29,11 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, i
   number_ = group.next_exchange_++;
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
   first_call_ = group.seen_tags_.insert(site.tag).second;
+  const std::lock_guard guard(group.status_mutex_);
+  if (group.data_error_ && group.data_error_run_ != run) {
+    raise_ = kRaise;
+    raise_culprit_ = group.data_error_culprit_;
+  }
 }
 
 Exchange::~Exchange() = default;
@@ -101,12 +106,9 @@ void Exchange::post(uint32_t slots, bool poisoned) {
     header.flags |= kPoisoned;
     header.culprit = config.rank;
   }
-  {
-    const std::lock_guard guard(group_.status_mutex_);
-    if (group_.data_error_ && group_.data_error_run_ != group_.current_run_) {
-      header.flags |= kRaise;
-      header.culprit = group_.data_error_culprit_;
-    }
+  if (raise_ != 0) {
+    header.flags |= raise_;
+    header.culprit = raise_culprit_;
   }
   std::memcpy(message_, &header, sizeof(header));
   if (message_peer_ == config.rank) return;
@@ -122,7 +124,7 @@ void Exchange::post(uint32_t slots, bool poisoned) {
          .target_offset = (size_t{lane_} * config.num_ranks + config.rank) * config.region_bytes,
          .length = message_bytes_,
          .imm = immediate(peer.nonce, config.rank, lane_)},
-        &lane.local);
+        &lane.sent[message_peer_]);
   } catch (const Error& error) {
     --lane.posted;
     group_.fail(Error(error.kind(), describe() + ": no message to " + group_.rank_name(message_peer_) + ": " +
@@ -137,6 +139,7 @@ void Exchange::post(uint32_t slots, bool poisoned) {
 bool Exchange::wait() {
   const GroupConfig& config = group_.config_;
   if (group_.failed_ || group_.closed_) return false;
+  group_.sent_exchanges_ = number_ + 1;
   if (!check(config.rank)) return false;
 
   std::vector<uint32_t> missing;
@@ -163,13 +166,18 @@ bool Exchange::wait() {
     // Rare news are looked at rarely: reading every peer's counters each time would cost more than the wait.
     if (missing.size() == before && ++checks % 64 == 0) {
       group_.read_notices();
-      const CompletionCounter& local = group_.lane_state_[lane_]->local;
-      if (local.failed() != 0) {
-        const auto error = local.error();
-        group_.fail(Error(error->kind(), describe() + ": " + error->what()), missing.front());
+      const ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
+      if (lane.local.failed() != 0) {
+        const auto error = lane.local.error();
+        group_.fail(Error(error->kind(), describe() + ": no message to " + group_.rank_name(lane.refused_by) +
+                                             ": " + error->what()),
+                    lane.refused_by);
       }
       for (const uint32_t source : missing) {
-        if (!group_.peers_[source]->gone) continue;
+        const ExchangeGroup::Peer& peer = *group_.peers_[source];
+        if (!peer.gone) continue;
+        // Its notice may have overtaken its last messages; those are waited for, but not for ever.
+        if (number_ < peer.last_words && Clock::now() - started_ < config.timeout) continue;
         group_.fail(Error(ErrorKind::kPeer, describe() + ": " + group_.rank_name(source) +
                                                 " has closed the group and will not come"),
                     source);
@@ -198,7 +206,9 @@ bool Exchange::wait() {
 
 bool Exchange::check(uint32_t source) {
   const GroupConfig& config = group_.config_;
-  const RegionHeader& theirs = header(source);
+  // Copied before it is looked at: a peer could change it between the check and the use.
+  RegionHeader& theirs = group_.headers_[source];
+  std::memcpy(&theirs, group_.region(lane_, source), sizeof(theirs));
   if (theirs.magic != kMagic || theirs.version != kWireVersion || theirs.nonce != group_.nonce_ ||
       theirs.source != source || theirs.bytes < sizeof(RegionHeader) || theirs.bytes > config.region_bytes ||
       theirs.kind >= kKinds) {
@@ -233,9 +243,7 @@ void Exchange::reject(uint32_t source, const std::string& why) {
       source);
 }
 
-const RegionHeader& Exchange::header(uint32_t source) const {
-  return *reinterpret_cast<const RegionHeader*>(group_.region(lane_, source));
-}
+const RegionHeader& Exchange::header(uint32_t source) const { return group_.headers_[source]; }
 
 const std::byte* Exchange::body(uint32_t source) const {
   return group_.region(lane_, source) + sizeof(RegionHeader);

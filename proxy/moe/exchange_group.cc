@@ -48,12 +48,19 @@ ExchangeGroup::ExchangeGroup(GroupConfig config)
   if (config_.region_bytes < sizeof(RegionHeader) || config_.staging_bytes < config_.region_bytes) {
     throw Error(ErrorKind::kInvalidArgument, "group '" + config_.name + "': region or staging too small");
   }
+  if (config_.region_bytes > UINT32_MAX) {
+    throw Error(ErrorKind::kInvalidArgument, "group '" + config_.name + "': a message of " +
+                                                 std::to_string(config_.region_bytes) +
+                                                 " bytes is longer than 4 GiB; set chunk= lower");
+  }
+  headers_.resize(config_.num_ranks);
   engine_ = std::make_unique<TransferEngine>(config_.engine);
   regions_ = engine_->allocate(lanes_ * config_.num_ranks * config_.region_bytes);
   staging_ = engine_->allocate(lanes_ * config_.staging_bytes);
   notices_ = engine_->allocate((config_.num_ranks + 1) * 2 * sizeof(AbortNotice));
   control_ = std::make_unique<CompletionCounter>();
-  for (uint32_t lane = 0; lane < lanes_; ++lane) lane_state_.push_back(std::make_unique<Lane>());
+  for (uint32_t lane = 0; lane < lanes_; ++lane)
+    lane_state_.push_back(std::make_unique<Lane>(config_.num_ranks));
   for (uint32_t source = 0; source < config_.num_ranks; ++source) {
     auto peer = std::make_unique<Peer>();
     if (source != config_.rank) {
@@ -61,7 +68,8 @@ ExchangeGroup::ExchangeGroup(GroupConfig config)
         peer->arrivals.push_back(engine_->watch(immediate(nonce_, source, lane)));
       }
       peer->heartbeats = engine_->watch(immediate(nonce_, source, kHeartbeatLane));
-      peer->notices = engine_->watch(immediate(nonce_, source, kAbortLane));
+      peer->closings = engine_->watch(immediate(nonce_, source, kClosedLane));
+      peer->failures = engine_->watch(immediate(nonce_, source, kFailedLane));
     }
     peers_.push_back(std::move(peer));
   }
@@ -85,6 +93,10 @@ Bytes ExchangeGroup::endpoint() const {
 }
 
 void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
+  if (connected_ || closed_) {
+    throw Error(closed_ ? ErrorKind::kClosed : ErrorKind::kInvalidArgument,
+                "group '" + config_.name + "' " + (closed_ ? "is closed" : "is connected already"));
+  }
   if (endpoints.size() != config_.num_ranks) {
     throw Error(ErrorKind::kInvalidArgument,
                 "group '" + config_.name + "': " + std::to_string(endpoints.size()) + " endpoints for " +
@@ -149,7 +161,7 @@ void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
     failure_ = error;
     failure_run_ = current_run_.load();
     failed_ = true;
-    notice.exchange = next_exchange_;
+    notice.exchange = std::max<uint64_t>(next_exchange_, 1) - 1;
   }
   log().error("group '{}' rank {}: {}", config_.name, config_.rank, error.what());
   notice.error_kind = static_cast<uint8_t>(error.kind());
@@ -177,6 +189,11 @@ std::optional<Error> ExchangeGroup::data_error() const {
   return data_error_;
 }
 
+uint32_t ExchangeGroup::data_error_culprit() const {
+  const std::lock_guard guard(status_mutex_);
+  return data_error_culprit_;
+}
+
 std::optional<Error> ExchangeGroup::take_data_error() {
   const std::lock_guard guard(status_mutex_);
   return std::exchange(data_error_, std::nullopt);
@@ -197,6 +214,7 @@ void ExchangeGroup::broadcast(const AbortNotice& notice, NoticeSlot slot) {
   out.magic = kMagic;
   out.version = kWireVersion;
   out.closed = slot == kClosedSlot;
+  out.nonce = nonce_;
   out.source = config_.rank;
   std::memcpy(notices_->data() + ours, &out, sizeof(out));
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
@@ -204,13 +222,14 @@ void ExchangeGroup::broadcast(const AbortNotice& notice, NoticeSlot slot) {
     const Peer& peer = *peers_[rank];
     if (peer.gone) continue;
     try {
-      engine_->write({.source = notices_.get(),
-                      .source_offset = ours,
-                      .target = peer.notice_region.get(),
-                      .target_offset = (config_.rank * size_t{2} + slot) * sizeof(AbortNotice),
-                      .length = sizeof(AbortNotice),
-                      .imm = immediate(peer.nonce, config_.rank, kAbortLane)},
-                     control_.get());
+      engine_->write(
+          {.source = notices_.get(),
+           .source_offset = ours,
+           .target = peer.notice_region.get(),
+           .target_offset = (config_.rank * size_t{2} + slot) * sizeof(AbortNotice),
+           .length = sizeof(AbortNotice),
+           .imm = immediate(peer.nonce, config_.rank, slot == kClosedSlot ? kClosedLane : kFailedLane)},
+          control_.get());
       ++control_posted_;
     } catch (const Error& error) {
       log().debug("group '{}': no notice to {}: {}", config_.name, rank_name(rank), error.what());
@@ -219,29 +238,28 @@ void ExchangeGroup::broadcast(const AbortNotice& notice, NoticeSlot slot) {
 }
 
 void ExchangeGroup::read_notices() {
+  const auto read = [&](uint32_t rank, NoticeSlot slot, AbortNotice& notice) {
+    std::memcpy(&notice, notices_->data() + (rank * size_t{2} + slot) * sizeof(AbortNotice), sizeof(notice));
+    notice.text[sizeof(notice.text) - 1] = '\0';
+    return notice.magic == kMagic && notice.version == kWireVersion && notice.source == rank &&
+           notice.nonce == peers_[rank]->nonce && notice.closed == (slot == kClosedSlot ? 1 : 0);
+  };
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
     if (rank == config_.rank) continue;
     Peer& peer = *peers_[rank];
-    const uint64_t count = peer.notices.value();
-    if (count == peer.notices_read.load()) continue;
-    peer.notices_read = count;
-    for (const NoticeSlot slot : {kFailedSlot, kClosedSlot}) {
-      AbortNotice notice;
-      std::memcpy(&notice, notices_->data() + (rank * size_t{2} + slot) * sizeof(AbortNotice),
-                  sizeof(notice));
-      if (notice.magic != kMagic || notice.version != kWireVersion || notice.source != rank) continue;
-      if (slot == kClosedSlot) {
-        peer.gone = true;
-        continue;
-      }
-      notice.text[sizeof(notice.text) - 1] = '\0';
-      const auto kind = notice.error_kind <= static_cast<uint8_t>(ErrorKind::kRouting)
-                            ? static_cast<ErrorKind>(notice.error_kind)
-                            : ErrorKind::kPeer;
-      fail(Error(kind, rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) + ": " +
-                           notice.text),
-           notice.culprit);
+    AbortNotice notice;
+    if (!peer.gone && peer.closings.value() != 0 && read(rank, kClosedSlot, notice)) {
+      peer.last_words = notice.exchange;
+      peer.gone = true;
     }
+    if (peer.failures.value() == 0 || peer.failure_read.exchange(true)) continue;
+    if (!read(rank, kFailedSlot, notice)) continue;
+    const auto kind = notice.error_kind <= static_cast<uint8_t>(ErrorKind::kRouting)
+                          ? static_cast<ErrorKind>(notice.error_kind)
+                          : ErrorKind::kPeer;
+    fail(Error(kind, rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) + ": " +
+                         notice.text),
+         notice.culprit);
   }
 }
 
@@ -260,10 +278,12 @@ void ExchangeGroup::beat() {
   }
 }
 
-void ExchangeGroup::check_liveness(Clock::time_point now) {
+// `absent`: how long this process itself did not run; that time is no peer's silence.
+void ExchangeGroup::check_liveness(Clock::time_point now, Duration absent) {
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
     Peer& peer = *peers_[rank];
     if (rank == config_.rank || peer.gone) continue;
+    peer.last_sign += absent;
     uint64_t signs = peer.heartbeats.value();
     for (const ImmCounter& arrivals : peer.arrivals) signs += arrivals.value();
     if (signs != peer.signs) {
@@ -290,20 +310,13 @@ void ExchangeGroup::monitor() {
     if (closed_) break;
     read_notices();
     const auto now = Clock::now();
-    // This process itself was stopped (SIGSTOP, a suspended machine): peers get a fresh allowance.
-    if (now - before > config_.timeout) {
-      for (auto& peer : peers_) peer->last_sign = now;
-    }
+    // Beyond twice the interval this process was stopped (SIGSTOP, a suspended machine) or got no core.
+    if (!failed_) check_liveness(now, std::max<Duration>(now - before - 2 * interval, Duration(0)));
     before = now;
-    if (!failed_) check_liveness(now);
   }
 }
 
 // --- close -----------------------------------------------------------------------------------------------
-
-void ExchangeGroup::drain_control(Duration limit) {
-  engine_->wait_until([this] { return control_->done() >= control_posted_; }, Clock::now() + limit);
-}
 
 void ExchangeGroup::close() {
   if (closed_.exchange(true)) return;
@@ -315,11 +328,18 @@ void ExchangeGroup::close() {
     const std::lock_guard guard(exchange_mutex_);
   }
   if (connected_) {
-    broadcast(AbortNotice{}, kClosedSlot);
-    drain_control(kCloseLimit);
-    for (const auto& lane : lane_state_) {
-      engine_->wait_until([&] { return lane->local.done() >= lane->posted; }, Clock::now() + kCloseLimit / 4);
-    }
+    read_notices();  // whoever closed before is not written to any more
+    AbortNotice notice{};
+    notice.exchange = sent_exchanges_;
+    broadcast(notice, kClosedSlot);
+    // What a peer still needs to finish its last exchange must leave before the endpoints close.
+    const auto sent = [](const auto& lane) { return lane->local.done() >= lane->posted; };
+    engine_->wait_until(
+        [&] {
+          return control_->done() >= control_posted_ &&
+                 std::all_of(lane_state_.begin(), lane_state_.end(), sent);
+        },
+        Clock::now() + kCloseLimit);
   }
   engine_->close();
 }

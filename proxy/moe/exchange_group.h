@@ -75,7 +75,7 @@ class ExchangeGroup {
   const GroupConfig& config() const noexcept { return config_; }
   // What the other ranks need to reach this one; pass all of them, in rank order, to connect().
   Bytes endpoint() const;
-  // Throws kMismatch when ranks disagree on the configuration, kFabric, kInvalidArgument, kPeer.
+  // Once. Throws kMismatch when ranks disagree on the configuration, kFabric, kInvalidArgument, kPeer.
   void connect(const std::vector<Bytes>& endpoints);
 
   // Final: the first failure wins, is told to every peer, and every later exchange poisons at once.
@@ -85,6 +85,7 @@ class ExchangeGroup {
   // A data error never stops the protocol: it is kept until `take_data_error`.
   void report_data_error(const Error& error, uint32_t culprit, int64_t run);
   std::optional<Error> data_error() const;
+  uint32_t data_error_culprit() const;
   std::optional<Error> take_data_error();
 
   // True when an execution `run` must return the failure to XLA instead of poisoning: the failure happened
@@ -107,10 +108,9 @@ class ExchangeGroup {
 
   void monitor();
   void beat();
-  void check_liveness(Clock::time_point now);
+  void check_liveness(Clock::time_point now, Duration absent);
   void read_notices();  // fails the group when a peer said that it failed
   void broadcast(const AbortNotice& notice, NoticeSlot slot);
-  void drain_control(Duration limit);
   std::byte* region(uint32_t lane, uint32_t source) const;
   std::string rank_name(uint32_t rank) const;
 
@@ -127,9 +127,11 @@ class ExchangeGroup {
   std::atomic<uint64_t> control_posted_{0};
 
   std::mutex exchange_mutex_;  // one exchange at a time
-  uint64_t next_exchange_ = 0;
   std::set<uint64_t> seen_tags_;
-  uint64_t slow_waits_ = 0;
+  std::vector<RegionHeader> headers_;  // [source] of this exchange, out of the peers' reach once checked
+  std::atomic<uint64_t> next_exchange_{0};
+  std::atomic<uint64_t> sent_exchanges_{0};  // to every peer, in full
+  std::atomic<uint64_t> slow_waits_{0};
 
   mutable std::mutex status_mutex_;
   std::optional<Error> failure_;
@@ -138,8 +140,7 @@ class ExchangeGroup {
   int64_t data_error_run_ = 0;
   uint32_t data_error_culprit_ = kNobody;
   std::atomic<bool> failed_{false};
-  std::atomic<int64_t> current_run_{0};
-  std::atomic<bool> in_exchange_{false};
+  std::atomic<int64_t> current_run_{-1};
 
   std::atomic<bool> connected_{false};
   std::atomic<bool> closed_{false};
@@ -186,6 +187,8 @@ class Exchange {
   uint64_t number_ = 0;
   uint32_t lane_ = 0;
   bool first_call_ = false;
+  uint8_t raise_ = 0;  // kRaise, the same to every peer whatever happens meanwhile
+  uint32_t raise_culprit_ = 0;
   Clock::time_point started_;
   size_t staged_ = 0;  // bytes of the send buffer in use
   uint32_t message_peer_ = 0;

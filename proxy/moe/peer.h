@@ -11,18 +11,39 @@ struct ExchangeGroup::Peer {
   std::string process;
   std::shared_ptr<RemoteRegion> regions, notice_region;
   std::vector<ImmCounter> arrivals;  // by lane
-  ImmCounter heartbeats, notices;
-  std::atomic<uint64_t> notices_read{0};
-  std::atomic<bool> gone{false};  // closed the group in good order
-  uint64_t signs = 0;             // of life, by the monitor alone
+  ImmCounter heartbeats, closings, failures;
+  std::atomic<bool> failure_read{false};
+  std::atomic<bool> gone{false};        // closed the group in good order,
+  std::atomic<uint64_t> last_words{0};  // after sending this many exchanges
+  uint64_t signs = 0;                   // of life, by the monitor alone
   Clock::time_point last_sign;
   std::atomic<uint64_t> sent_bytes{0}, received_bytes{0};
   std::atomic<int64_t> waited_ns{0};
 };
 
 struct ExchangeGroup::Lane {
-  CompletionCounter local;  // local completions of what was posted from this lane's send buffer
+  // Where the completions of messages to one peer go, so that a refused one tells by whom.
+  struct Sent final : CompletionSink {
+    Lane* lane = nullptr;
+    uint32_t peer = 0;
+    void complete(const Error* error) noexcept override {
+      uint32_t nobody = kNobody;
+      if (error != nullptr) lane->refused_by.compare_exchange_strong(nobody, peer);
+      lane->local.complete(error);
+    }
+  };
+
+  explicit Lane(uint32_t num_ranks) : sent(num_ranks) {
+    for (uint32_t peer = 0; peer < num_ranks; ++peer) {
+      sent[peer].lane = this;
+      sent[peer].peer = peer;
+    }
+  }
+
+  std::vector<Sent> sent;   // by peer
+  CompletionCounter local;  // of everything that was posted from this lane's send buffer
   uint64_t posted = 0;
+  std::atomic<uint32_t> refused_by{kNobody};
 };
 
 }  // namespace pplx::moe

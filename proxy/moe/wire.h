@@ -66,21 +66,22 @@ struct AbortNotice {
   uint16_t version;
   uint8_t closed;      // 1: an orderly close, 0: a failure
   uint8_t error_kind;  // ErrorKind of the failure
-  uint32_t nonce;
+  uint32_t nonce;      // the sender's
   uint32_t source;
   uint32_t culprit;  // the rank held responsible; ~0: none
   uint32_t reserved;
-  uint64_t exchange;
-  char text[224];  // zero-terminated
+  uint64_t exchange;  // a failure: the one under way; a close: how many were sent in full
+  char text[224];     // zero-terminated
 };
 static_assert(sizeof(AbortNotice) == 256 && std::is_trivially_copyable_v<AbortNotice>);
 
 // Immediates: reserved bit | nonce:16 | source:11 | lane:4.
 inline constexpr uint32_t kLaneBits = 4, kSourceBits = 11, kNonceBits = 16;
 inline constexpr uint32_t kMaxRanks = 1U << kSourceBits;
-inline constexpr uint32_t kMaxNonce = (1U << kNonceBits) - 1;
-inline constexpr uint32_t kMaxLanes = 14;
-inline constexpr uint32_t kHeartbeatLane = 14, kAbortLane = 15;
+inline constexpr uint32_t kMaxNonce = (1U << kNonceBits) - 2;  // no immediate is 0xFFFFFFFF, the engine's own
+inline constexpr uint32_t kMaxLanes = 12;
+// The two notices have immediates of their own: one must not be read when only the other is here.
+inline constexpr uint32_t kClosedLane = 13, kHeartbeatLane = 14, kFailedLane = 15;
 
 constexpr uint32_t immediate(uint32_t nonce, uint32_t source, uint32_t lane) {
   return 0x8000'0000U | (nonce << (kSourceBits + kLaneBits)) | (source << kLaneBits) | lane;
