@@ -180,7 +180,8 @@ class DispatchTranspose {
         rows[i] = rows_at<T>(exchange.body(ranks[i]), slot[i], stride);
         const auto* returned =
             reinterpret_cast<const float*>(exchange.body(ranks[i]) + slot[i] * stride + shape_.row_stride());
-        for (int32_t k = 0, entry = 0; k < shape_.top_k; ++k) {
+        // Bounded, as a route that is not dispatch's may list an expert more than once.
+        for (int32_t k = 0, entry = 0; k < shape_.top_k && entry < shape_.entries(); ++k) {
           if (home[k] >= 0 && home[k] / shape_.experts_per_rank == ranks[i]) d_weights[k] = returned[entry++];
         }
       }

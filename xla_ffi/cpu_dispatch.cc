@@ -1,5 +1,6 @@
 // dispatch: tokens to the ranks of their experts, and out again by expert.
 #include <cstring>
+#include <numeric>
 
 #include "xla_ffi/cpu_common.h"
 
@@ -206,12 +207,25 @@ class Dispatch {
       if (exchange.poisoned(source)) note_poison(call_, exchange, source);
       if (!unpack(exchange, source, round)) return false;
     }
+    return round + 1 < call_.rounds() || complete(exchange);
+  }
+
+  // Rows that were announced but never came would be left as they are.
+  bool complete(Exchange& exchange) {
+    const int32_t experts = shape_.experts_per_rank;
+    for (int32_t source = 0; source < shape_.num_ranks; ++source) {
+      const uint32_t* counts = received_.data() + int64_t{source} * experts;
+      if (std::accumulate(counts, counts + experts, int64_t{0}) == pairs_[source]) continue;
+      exchange.reject(source, "its slots do not add up to its counts");
+      return false;
+    }
     return true;
   }
 
   bool read_counts(Exchange& exchange) {
     const int32_t experts = shape_.experts_per_rank;
     received_.resize(int64_t{shape_.num_ranks} * experts);
+    pairs_.assign(shape_.num_ranks, 0);
     for (int32_t source = 0; source < shape_.num_ranks; ++source) {
       if (exchange.body_bytes(source) < static_cast<size_t>(shape_.counts_bytes())) {
         exchange.reject(source, "its message is too short for its counts");
@@ -256,6 +270,7 @@ class Dispatch {
         return false;
       }
       args_.route.slot_start[slot_++] = pair_;
+      pairs_[source] += header.entries;
       for (uint32_t i = 0; i < header.entries; ++i) {
         SlotEntry entry;
         std::memcpy(&entry, in + sizeof(header) + i * sizeof(entry), sizeof(entry));
@@ -310,6 +325,7 @@ class Dispatch {
   std::vector<uint32_t> ordinals_;  // [T, K] among this rank's tokens for the expert
   std::vector<uint32_t> counts_;    // [physical experts] of this rank's tokens
   std::vector<uint32_t> received_;  // [source][expert]
+  std::vector<int64_t> pairs_;      // [source] unpacked so far
   std::optional<Placement> placement_;
   std::string wrong_;  // this rank's data error
   int64_t slot_ = 0;
