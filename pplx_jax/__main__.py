@@ -26,16 +26,15 @@ app = typer.Typer(
 @app.command()
 def demo(
     processes: Annotated[int, typer.Option(min=1, max=64, help="Processes; each is a rank.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; enough if not given.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 240,
     out: Annotated[Path, typer.Option(help="Folder for the curves and the sample.")] = Path("demo_out"),
     fabric: Annotated[str, typer.Option(help="auto, tcp, shm, or another fabric.")] = "auto",
 ) -> None:
     """Train a small MoE transformer whose experts live in several processes."""
     from pplx_jax import demo as implementation
 
-    options = {} if steps is None else {"steps": steps}
-    ok = implementation.run(processes=processes, out=out, fabric=fabric, **options)
-    raise typer.Exit(0 if ok is None or ok else 1)
+    ok = implementation.run(processes=processes, steps=steps, out=out, fabric=fabric)
+    raise typer.Exit(0 if ok else 1)
 
 
 @app.command()
