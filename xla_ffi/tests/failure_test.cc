@@ -1,0 +1,308 @@
+// Ranks that die, stall, leave or give up: every other rank learns which one, in time.
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "proxy/fabric/sim.h"
+#include "xla_ffi/tests/rogue.h"
+
+namespace pplx::moe {
+namespace {
+
+using namespace pplx::moe::testing;
+
+Problem small(int ranks = 2) {
+  return {.ranks = ranks, .experts = 4, .top_k = 2, .hidden = 8, .max_tokens = 4};
+}
+
+double seconds_of(const std::function<void()>& body) {
+  const auto begin = Clock::now();
+  body();
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+bool eventually(const std::function<bool()>& ready, Duration limit = 20s) {
+  const auto deadline = Clock::now() + limit;
+  while (!ready() && Clock::now() < deadline) std::this_thread::sleep_for(2ms);
+  return ready();
+}
+
+void expect_error(const std::optional<Error>& error, ErrorKind kind, const std::string& text) {
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->kind(), kind) << error->what();
+  EXPECT_NE(std::string(error->what()).find(text), std::string::npos) << error->what();
+}
+
+// One exchange of `rank` with random tokens; true when its outputs are good.
+bool exchange(Cluster& cluster, int rank, Outputs& out, const Site& site = {}) {
+  const std::vector<Inputs> inputs = random_step(cluster.problem(), 2, 4);
+  const auto error = run_dispatch(cluster.problem(), cluster[rank], inputs[rank], out, site);
+  return !error && out.ok == 1;
+}
+
+TEST(Timeout, NamesTheRankThatNeverComes) {
+  Cluster cluster(small(3), sim(1), [](GroupConfig& config) {
+    config.timeout = 2s;
+    config.stall_timeout = config.first_stall_timeout = 400ms;
+  });
+  std::vector<Outputs> outputs(3);
+  const double took = seconds_of([&] {
+    cluster.each([&](int rank) {
+      if (rank == 1) return;
+      EXPECT_FALSE(exchange(cluster, rank, outputs[rank]));
+    });
+  });
+  EXPECT_GE(took, 0.35);
+  EXPECT_LT(took, 10);
+  for (const int rank : {0, 2}) {
+    EXPECT_TRUE(all_nan(outputs[rank].tokens));
+    EXPECT_TRUE(all_nan(outputs[rank].row_weights));
+    EXPECT_EQ(outputs[rank].ok, 0);
+    expect_error(cluster[rank].group.failure(), ErrorKind::kTimeout, "rank 1");
+    expect_error(cluster[rank].group.failure(), ErrorKind::kTimeout, "dispatch 'layer'");
+    expect_error(cluster[rank].group.failure(), ErrorKind::kTimeout, "exchange 0");
+  }
+  // The late rank is told although it isn't in an exchange.
+  EXPECT_TRUE(eventually([&] { return cluster[1].group.failure().has_value(); }));
+  expect_error(cluster[1].group.failure(), ErrorKind::kTimeout, "rank 1");
+}
+
+TEST(Timeout, IsLongerAtACallsFirstExecution) {
+  Cluster cluster(small(), local(), [](GroupConfig& config) {
+    config.stall_timeout = 300ms;
+    config.first_stall_timeout = 60s;
+  });
+  std::vector<Outputs> outputs(2);
+  for (const bool first : {true, false}) {
+    cluster.each([&](int rank) {
+      if (rank == 1) std::this_thread::sleep_for(900ms);
+      const bool good = exchange(cluster, rank, outputs[rank]);
+      // The late rank has everybody's message; it hears of the failure later.
+      if (rank == 0) {
+        EXPECT_EQ(good, first);
+      }
+    });
+  }
+  expect_error(cluster[0].group.failure(), ErrorKind::kTimeout, "rank 1");
+}
+
+TEST(Timeout, APeerThatIsSlowButAliveIsWaitedFor) {
+  Cluster cluster(small(), sim(2), [](GroupConfig& config) { config.timeout = 1s; });
+  std::vector<Outputs> outputs(2);
+  cluster.each([&](int rank) {
+    if (rank == 1) std::this_thread::sleep_for(2500ms);
+    EXPECT_TRUE(exchange(cluster, rank, outputs[rank]));
+  });
+}
+
+TEST(Failure, IsFinalPoisonsAtOnceAndIsRaisedInTheNextRun) {
+  Cluster cluster(small(), local(), [](GroupConfig& config) { config.first_stall_timeout = 200ms; });
+  Outputs out;
+  EXPECT_FALSE(exchange(cluster, 0, out, {.run = 7}));
+  const double took = seconds_of([&] {
+    for (int layer = 0; layer < 100; ++layer) {
+      const std::vector<Inputs> inputs = random_step(small(), 2, 4);
+      EXPECT_FALSE(run_step(small(), cluster[0], inputs[0], out, {.run = 7}));
+      for (const Tensor* tensor : {&out.tokens, &out.out, &out.d_y, &out.d_x}) ASSERT_TRUE(all_nan(*tensor));
+      ASSERT_TRUE(all_nan(out.row_weights) && all_nan(out.d_row_weights) && all_nan(out.d_weights));
+      ASSERT_EQ(out.num_rows + out.num_dropped + out.ok, 0);
+    }
+  });
+  EXPECT_LT(took, 5);
+  for (int64_t run = 8; run < 10; ++run) {
+    const std::vector<Inputs> inputs = random_step(small(), 2, 4);
+    expect_error(run_dispatch(small(), cluster[0], inputs[0], out, {.run = run}), ErrorKind::kTimeout,
+                 "rank 1");
+  }
+}
+
+TEST(Failure, TheFirstOneWinsAndIsToldToAll) {
+  Cluster cluster(small(3), sim(3));
+  cluster[2].group.fail(Error(ErrorKind::kFabric, "the first"), 2);
+  cluster[2].group.fail(Error(ErrorKind::kPeer, "the second"), 0);
+  for (const int rank : {0, 1}) {
+    EXPECT_TRUE(eventually([&] { return cluster[rank].group.failure().has_value(); }));
+    expect_error(cluster[rank].group.failure(), ErrorKind::kFabric, "the first");
+    expect_error(cluster[rank].group.failure(), ErrorKind::kFabric, "rank 2");
+  }
+}
+
+TEST(Failure, OfARankInTheMiddleEndsTheOthersWaitAtOnce) {
+  Cluster cluster(small(3), sim(6));
+  std::vector<Outputs> outputs(3);
+  const double took = seconds_of([&] {
+    cluster.each([&](int rank) {
+      if (rank == 1) {
+        std::this_thread::sleep_for(100ms);
+        cluster[1].group.fail(Error(ErrorKind::kRouting, "out of memory"), 1);
+      } else {
+        EXPECT_FALSE(exchange(cluster, rank, outputs[rank]));
+      }
+    });
+  });
+  EXPECT_LT(took, 15);
+  for (const int rank : {0, 2})
+    expect_error(cluster[rank].group.failure(), ErrorKind::kRouting, "out of memory");
+}
+
+TEST(Death, ASilentPeerIsNamedWithinTheTimeout) {
+  EngineConfig engine = sim(4);
+  engine.sim.network = "death";
+  Cluster cluster(small(3), engine, [](GroupConfig& config) { config.timeout = 1500ms; });
+  std::vector<Outputs> outputs(3);
+  cluster.each([&](int rank) { EXPECT_TRUE(exchange(cluster, rank, outputs[rank])); });
+  sim_drop_peer("death", Endpoint::parse(cluster[1].group.endpoint()).address());
+  const double took = seconds_of([&] {
+    cluster.each([&](int rank) {
+      if (rank == 1) return;
+      EXPECT_FALSE(exchange(cluster, rank, outputs[rank]));
+    });
+  });
+  EXPECT_LT(took, 15);
+  for (const int rank : {0, 2}) expect_error(cluster[rank].group.failure(), ErrorKind::kPeer, "rank 1");
+}
+
+// Nobody waits for it: the monitor alone must notice.
+TEST(Death, IsNoticedBetweenExchanges) {
+  EngineConfig engine = local();
+  engine.sim.network = "idle death";
+  Cluster cluster(small(), engine, [](GroupConfig& config) { config.timeout = 1s; });
+  sim_drop_peer("idle death", Endpoint::parse(cluster[0].group.endpoint()).address());
+  EXPECT_TRUE(eventually([&] { return cluster[1].group.failure().has_value(); }));
+  expect_error(cluster[1].group.failure(), ErrorKind::kPeer, "rank 0");
+}
+
+// A process that was stopped must not take its own absence for its peers' silence.
+TEST(Death, AStopOfThisProcessBlamesNobody) {
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    Cluster cluster(small(), local(), [](GroupConfig& config) { config.timeout = 1s; });
+    std::vector<Outputs> outputs(2);
+    for (int i = 0; i < 20; ++i) {
+      cluster.each([&](int rank) { exchange(cluster, rank, outputs[rank]); });
+      std::this_thread::sleep_for(200ms);
+    }
+    _exit(cluster[0].group.failure() || cluster[1].group.failure() ? 1 : 0);
+  }
+  for (const Duration stop : {Duration(900ms), Duration(1100ms), Duration(3s)}) {
+    std::this_thread::sleep_for(300ms);
+    kill(child, SIGSTOP);
+    std::this_thread::sleep_for(stop);
+    kill(child, SIGCONT);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+TEST(Close, APeerThatClosedWillNotCome) {
+  Cluster cluster(small(3), sim(8));
+  cluster[2].group.close();
+  std::vector<Outputs> outputs(3);
+  const double took = seconds_of([&] {
+    cluster.each([&](int rank) {
+      if (rank == 2) return;
+      EXPECT_FALSE(exchange(cluster, rank, outputs[rank]));
+    });
+  });
+  EXPECT_LT(took, 15);
+  for (const int rank : {0, 1}) expect_error(cluster[rank].group.failure(), ErrorKind::kPeer, "rank 2");
+}
+
+// The notice of a close may arrive before the closer's last messages do.
+TEST(Close, RightAfterTheLastExchangeHarmsNobody) {
+  for (uint64_t seed = 0; seed < 60; ++seed) {
+    EngineConfig engine = sim(seed);
+    engine.sim.max_delay = 40;
+    Cluster cluster(small(3), engine);
+    std::vector<Outputs> outputs(3);
+    cluster.each([&](int rank) {
+      EXPECT_TRUE(exchange(cluster, rank, outputs[rank])) << seed;
+      cluster[rank].group.close();
+      EXPECT_FALSE(cluster[rank].group.failure()) << seed << ' ' << cluster[rank].group.failure()->what();
+    });
+  }
+}
+
+TEST(Close, EndsAWaitAtOnce) {
+  for (const bool disorder : {false, true}) {
+    Cluster cluster(small(3), disorder ? sim(9) : local());
+    std::optional<Error> returned;
+    Outputs out;
+    std::thread waiting([&] {
+      const std::vector<Inputs> inputs = random_step(small(3), 2, 4);
+      returned = run_dispatch(small(3), cluster[0], inputs[0], out);
+    });
+    std::this_thread::sleep_for(100ms);
+    EXPECT_LT(seconds_of([&] { cluster[0].group.close(); }), 10);
+    waiting.join();
+    expect_error(returned, ErrorKind::kClosed, "closed");
+    EXPECT_TRUE(all_nan(out.tokens));
+    EXPECT_FALSE(cluster[0].group.failure());
+  }
+}
+
+TEST(Close, EveryLaterCallSaysSo) {
+  Cluster cluster(small());
+  std::vector<Outputs> outputs(2);
+  cluster.each([&](int rank) { EXPECT_TRUE(exchange(cluster, rank, outputs[rank])); });
+  cluster[0].group.close();
+  cluster[0].group.close();
+  const std::vector<Inputs> inputs = random_step(small(), 2, 4);
+  outputs[0].y = outputs[0].d_tokens = outputs[0].tokens;
+  outputs[0].d_row_weights = outputs[0].row_weights;
+  for (const auto& run : {run_dispatch, run_combine, run_combine_transpose, run_dispatch_transpose}) {
+    expect_error(run(small(), cluster[0], inputs[0], outputs[0], {}), ErrorKind::kClosed,
+                 "'test' was closed");
+  }
+}
+
+TEST(Close, WhileThePeersAreInEveryStage) {
+  for (int trial = 0; trial < 40; ++trial) {
+    Cluster cluster(small(3), sim(trial));
+    std::thread closer([&] {
+      std::this_thread::sleep_for(std::chrono::microseconds(trial * 150));
+      cluster[trial % 3].group.close();
+    });
+    cluster.each([&](int rank) {
+      Outputs out;
+      for (int step = 0; step < 1000; ++step) {
+        const std::vector<Inputs> inputs = random_step(small(3), step % 5);
+        const auto error = run_step(small(3), cluster[rank], inputs[rank], out, {.run = step});
+        if (!error) continue;
+        EXPECT_EQ(error->kind(), rank == trial % 3 ? ErrorKind::kClosed : ErrorKind::kPeer) << error->what();
+        return;
+      }
+      ADD_FAILURE() << "the close was never noticed";
+    });
+    closer.join();
+  }
+}
+
+TEST(Close, OfAGroupThatNeverConnected) {
+  ExchangeGroup group(group_config(small(), 0, local()));
+  EXPECT_LT(seconds_of([&] { group.close(); }), 5);
+}
+
+TEST(Stats, MayBeReadWhileExchangesRun) {
+  Cluster cluster(small(), sim(12));
+  std::atomic<bool> stop{false};
+  std::thread reader([&] {
+    while (!stop) {
+      EXPECT_LE(cluster[0].group.stats().exchanges, 200U);
+      std::this_thread::sleep_for(100us);
+    }
+  });
+  cluster.each([&](int rank) {
+    Outputs out;
+    for (int step = 0; step < 50; ++step) exchange(cluster, rank, out);
+  });
+  stop = true;
+  reader.join();
+  EXPECT_EQ(cluster[0].group.stats().exchanges, 50U);
+}
+
+}  // namespace
+}  // namespace pplx::moe

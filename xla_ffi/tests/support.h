@@ -1,0 +1,330 @@
+// Ranks as threads of one process: their groups, their inputs, a step of all four exchanges.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "xla_ffi/cpu_exchange.h"
+#include "xla_ffi/registry.h"
+#include "xla_ffi/tests/oracle.h"
+
+namespace pplx::moe::testing {
+
+using namespace std::chrono_literals;
+
+inline EngineConfig local() { return {}; }
+
+inline EngineConfig sim(uint64_t seed) {
+  EngineConfig config;
+  config.fabric = "sim";
+  config.sim.seed = seed;
+  config.sim.reorder = true;
+  config.sim.max_delay = seed % 7;
+  config.sim.max_pieces = 1 + seed % 5;
+  config.sim.stall_every = seed % 3 == 0 ? 40 : 0;
+  config.sim.stall_polls = 16;
+  if (seed % 4 == 0) config.sim.max_write = 512;
+  if (seed % 5 == 0) config.sim.queue_depth = 2;
+  return config;
+}
+
+inline EngineConfig provider(const std::string& name, int endpoints = 1) {
+  EngineConfig config;
+  config.fabric = name;
+  config.endpoints = endpoints;
+  return config;
+}
+
+inline GroupConfig group_config(const Problem& problem, int rank, const EngineConfig& engine) {
+  const BufferSizes sizes = buffer_sizes(problem.shape(rank));
+  GroupConfig config;
+  config.name = "test";
+  config.rank = rank;
+  config.num_ranks = problem.ranks;
+  config.depth = problem.depth;
+  config.region_bytes = sizes.region_bytes;
+  config.staging_bytes = sizes.staging_bytes;
+  config.fingerprint = 1;
+  config.stall_timeout = config.first_stall_timeout = 60s;
+  config.engine = engine;
+  return config;
+}
+
+// Runs `body(rank)` on a thread each and waits for all; the first exception is thrown on.
+inline void on_ranks(int ranks, const std::function<void(int)>& body) {
+  std::vector<std::exception_ptr> errors(ranks);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      try {
+        body(rank);
+      } catch (...) {
+        errors[rank] = std::current_exception();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+// A connected group.
+class Cluster {
+ public:
+  using Adjust = std::function<void(GroupConfig&)>;
+  explicit Cluster(const Problem& problem, const EngineConfig& engine = local(), const Adjust& adjust = {})
+      : problem_(problem) {
+    std::vector<Bytes> endpoints;
+    for (int rank = 0; rank < problem.ranks; ++rank) {
+      GroupConfig config = group_config(problem, rank, engine);
+      if (adjust) adjust(config);
+      members_.push_back(std::make_unique<Member>(problem.shape(rank), config));
+      endpoints.push_back(members_.back()->group.endpoint());
+    }
+    for (auto& member : members_) member->group.connect(endpoints);
+  }
+  Member& operator[](int rank) { return *members_[rank]; }
+  const Problem& problem() const { return problem_; }
+  void each(const std::function<void(int)>& body) { on_ranks(problem_.ranks, body); }
+
+ private:
+  Problem problem_;
+  std::vector<std::unique_ptr<Member>> members_;
+};
+
+// --- inputs ----------------------------------------------------------------------------------------------
+
+enum class Routing { kUniform, kAllToOne, kZipf, kSparse, kNobody, kOneRank };
+
+inline std::vector<int32_t> draw_experts(const Problem& problem, Routing routing, std::mt19937_64& rng) {
+  std::vector<int32_t> chosen;
+  std::set<int32_t> taken;
+  std::uniform_real_distribution<double> uniform;
+  for (int k = 0; k < problem.top_k; ++k) {
+    int32_t expert = static_cast<int32_t>(rng() % problem.experts);
+    if (routing == Routing::kZipf) expert = static_cast<int32_t>(std::pow(problem.experts, uniform(rng))) - 1;
+    if (routing == Routing::kAllToOne && k == 0) expert = problem.experts - 1;
+    if (routing == Routing::kOneRank) expert = static_cast<int32_t>(rng() % problem.experts_per_rank());
+    const bool none = routing == Routing::kNobody || (routing == Routing::kSparse && rng() % 3 != 0) ||
+                      (routing == Routing::kAllToOne && k != 0);
+    chosen.push_back(none || expert >= problem.experts || !taken.insert(expert).second ? -1 : expert);
+  }
+  return chosen;
+}
+
+inline Tensor random_rows(const Problem& problem, int64_t rows, std::mt19937_64& rng) {
+  Tensor tensor(problem.dtype, rows * problem.hidden);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < tensor.count(); ++i) tensor.set(i, normal(rng));
+  return tensor;
+}
+
+inline Inputs random_inputs(const Problem& problem, int tokens, int num_tokens, Routing routing,
+                            uint64_t seed) {
+  std::mt19937_64 rng(seed * 7919 + 17);
+  Inputs in;
+  in.tokens = tokens;
+  in.num_tokens = num_tokens;
+  in.x = random_rows(problem, tokens, rng);
+  in.d_out = random_rows(problem, tokens, rng);
+  in.accumulate = random_rows(problem, tokens, rng);
+  std::normal_distribution<float> normal;
+  for (int t = 0; t < tokens; ++t) {
+    for (const int32_t expert : draw_experts(problem, routing, rng)) in.indices.push_back(expert);
+    for (int k = 0; k < problem.top_k; ++k) in.weights.push_back(normal(rng));
+  }
+  return in;
+}
+
+// A step whose size, routing, num_tokens and options all follow from `seed`.
+inline std::vector<Inputs> random_step(const Problem& problem, uint64_t seed,
+                                       std::optional<int> size = std::nullopt) {
+  std::mt19937_64 rng(seed);
+  const int tokens = size ? *size : static_cast<int>(rng() % (problem.max_tokens + 1));
+  const auto routing = static_cast<Routing>(rng() % 6);
+  const bool weighted = rng() % 4 != 0, accumulates = rng() % 3 == 0;
+  std::vector<Inputs> inputs;
+  for (int rank = 0; rank < problem.ranks; ++rank) {
+    const int num_tokens = rng() % 2 == 0 ? tokens : static_cast<int>(rng() % (tokens + 1));
+    inputs.push_back(random_inputs(problem, tokens, num_tokens, routing, rng()));
+    inputs.back().weighted = weighted;
+    inputs.back().accumulates = accumulates;
+  }
+  return inputs;
+}
+
+// --- calls -----------------------------------------------------------------------------------------------
+
+struct Site {
+  std::string name = "layer";
+  int64_t run = 1;
+};
+
+inline Call make_call(Member& member, Kind kind, int tokens, const Site& site) {
+  const MoeShape& shape = member.shape;
+  return {.group = member.group,
+          .shape = shape,
+          .site = {.kind = kind,
+                   .tag = std::hash<std::string>{}(site.name) + static_cast<uint64_t>(kind),
+                   .tokens = static_cast<uint32_t>(tokens),
+                   .hidden = static_cast<uint32_t>(shape.hidden),
+                   .dtype = static_cast<uint8_t>(shape.dtype),
+                   .top_k = static_cast<uint8_t>(shape.top_k),
+                   .local_experts = static_cast<uint16_t>(shape.experts_per_rank),
+                   .name = site.name},
+          .run = site.run};
+}
+
+inline Route route_of(Outputs& out, int64_t rows) {
+  return {.home = out.home.data(),
+          .source_slots = out.source_slots.data(),
+          .slot_start = out.slot_start.data(),
+          .slot_rows = out.slot_rows.data(),
+          .ok = &out.ok,
+          .rows = rows};
+}
+
+// Every output starts as garbage: whatever a call leaves unwritten shows.
+inline Tensor garbage(DType dtype, int64_t count) {
+  Tensor tensor(dtype, count);
+  std::memset(tensor.data(), 0x5a, tensor.bytes().size());
+  return tensor;
+}
+
+inline std::optional<Error> run_dispatch(const Problem& problem, Member& member, const Inputs& in,
+                                         Outputs& out, const Site& site = {}) {
+  const MoeShape& shape = member.shape;
+  const int64_t rows = problem.row_count(in.tokens), slots = int64_t{problem.ranks} * in.tokens;
+  out.tokens = garbage(problem.dtype, rows * problem.hidden);
+  out.row_weights.assign(rows, 99.0F);
+  out.group_sizes.assign(shape.experts_per_rank, 99);
+  out.home.assign(int64_t{in.tokens} * shape.top_k, 99);
+  out.source_slots.assign(int64_t{shape.rounds(in.tokens)} * shape.num_ranks, 99);
+  out.slot_start.assign(slots + 1, 99);
+  out.slot_rows.assign(slots * shape.entries(), 99);
+  const std::vector<int32_t> map = problem.map();
+  return dispatch(make_call(member, Kind::kDispatch, in.tokens, site), {.x = in.x.data(),
+                                                                        .indices = in.indices.data(),
+                                                                        .weights = in.weights.data(),
+                                                                        .num_tokens = in.num_tokens,
+                                                                        .expert_map = map.data(),
+                                                                        .tokens = out.tokens.data(),
+                                                                        .row_weights = out.row_weights.data(),
+                                                                        .group_sizes = out.group_sizes.data(),
+                                                                        .num_rows = &out.num_rows,
+                                                                        .num_dropped = &out.num_dropped,
+                                                                        .route = route_of(out, rows)});
+}
+
+inline std::optional<Error> run_combine(const Problem& problem, Member& member, const Inputs& in,
+                                        Outputs& out, const Site& site = {}) {
+  out.out = garbage(problem.dtype, int64_t{in.tokens} * problem.hidden);
+  return combine(make_call(member, Kind::kCombine, in.tokens, site),
+                 {.y = out.y.data(),
+                  .row_weights = in.weighted ? out.row_weights.data() : nullptr,
+                  .accumulate = in.accumulates ? in.accumulate.data() : nullptr,
+                  .route = route_of(out, problem.row_count(in.tokens)),
+                  .out = out.out.data()});
+}
+
+inline std::optional<Error> run_combine_transpose(const Problem& problem, Member& member, const Inputs& in,
+                                                  Outputs& out, const Site& site = {}) {
+  const int64_t rows = problem.row_count(in.tokens);
+  out.d_y = garbage(problem.dtype, rows * problem.hidden);
+  out.d_row_weights.assign(rows, 99.0F);
+  return combine_transpose(make_call(member, Kind::kCombineTranspose, in.tokens, site),
+                           {.d_out = in.d_out.data(),
+                            .y = in.weighted ? out.y.data() : nullptr,
+                            .row_weights = in.weighted ? out.row_weights.data() : nullptr,
+                            .route = route_of(out, rows),
+                            .group_sizes = out.group_sizes.data(),
+                            .d_y = out.d_y.data(),
+                            .d_row_weights = out.d_row_weights.data()});
+}
+
+inline std::optional<Error> run_dispatch_transpose(const Problem& problem, Member& member, const Inputs& in,
+                                                   Outputs& out, const Site& site = {}) {
+  out.d_x = garbage(problem.dtype, int64_t{in.tokens} * problem.hidden);
+  out.d_weights.assign(int64_t{in.tokens} * problem.top_k, 99.0F);
+  return dispatch_transpose(make_call(member, Kind::kDispatchTranspose, in.tokens, site),
+                            {.d_tokens = out.d_tokens.data(),
+                             .d_row_weights = out.d_row_weights.data(),
+                             .route = route_of(out, problem.row_count(in.tokens)),
+                             .d_x = out.d_x.data(),
+                             .d_weights = out.d_weights.data()});
+}
+
+// dispatch, experts, combine and the way back. Stops at an error.
+inline std::optional<Error> run_step(const Problem& problem, Member& member, const Inputs& in, Outputs& out,
+                                     const Site& site = {}) {
+  const int rank = member.shape.rank;
+  if (auto error = run_dispatch(problem, member, in, out, site)) return error;
+  apply_experts(problem, rank, out.group_sizes, out.tokens, out.y);
+  if (auto error = run_combine(problem, member, in, out, site)) return error;
+  if (auto error = run_combine_transpose(problem, member, in, out, site)) return error;
+  apply_experts(problem, rank, out.group_sizes, out.d_y, out.d_tokens);
+  return run_dispatch_transpose(problem, member, in, out, site);
+}
+
+inline bool all_nan(const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.count(); ++i) {
+    if (!std::isnan(tensor.get(i))) return false;
+  }
+  return true;
+}
+inline bool all_nan(const std::vector<float>& values) {
+  return std::all_of(values.begin(), values.end(), [](float value) { return std::isnan(value); });
+}
+
+// Bit for bit.
+inline void expect_equal(const Outputs& got, const Outputs& want, const std::string& where) {
+  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * 4) == 0);
+  };
+  EXPECT_EQ(got.ok, want.ok) << where;
+  EXPECT_EQ(got.num_rows, want.num_rows) << where;
+  EXPECT_EQ(got.num_dropped, want.num_dropped) << where;
+  EXPECT_EQ(got.group_sizes, want.group_sizes) << where;
+  EXPECT_TRUE(got.tokens == want.tokens) << where;
+  EXPECT_TRUE(same(got.row_weights, want.row_weights)) << where;
+  EXPECT_TRUE(got.out == want.out) << where;
+  EXPECT_TRUE(got.d_y == want.d_y) << where;
+  EXPECT_TRUE(same(got.d_row_weights, want.d_row_weights)) << where;
+  EXPECT_TRUE(got.d_x == want.d_x) << where;
+  EXPECT_TRUE(same(got.d_weights, want.d_weights)) << where;
+}
+
+// `steps` random steps on a cluster, each against the oracle.
+inline void check_steps(Cluster& cluster, int steps, uint64_t seed) {
+  const Problem& problem = cluster.problem();
+  std::vector<std::vector<Inputs>> inputs;
+  std::vector<std::vector<Outputs>> outputs(steps, std::vector<Outputs>(problem.ranks));
+  for (int step = 0; step < steps; ++step) inputs.push_back(random_step(problem, seed + step));
+  cluster.each([&](int rank) {
+    for (int step = 0; step < steps; ++step) {
+      const auto error = run_step(problem, cluster[rank], inputs[step][rank], outputs[step][rank]);
+      ASSERT_FALSE(error) << error->what();
+    }
+  });
+  for (int step = 0; step < steps; ++step) {
+    const std::vector<Outputs> wanted = oracle(problem, inputs[step]);
+    for (int rank = 0; rank < problem.ranks; ++rank) {
+      expect_equal(outputs[step][rank], wanted[rank],
+                   "step " + std::to_string(step) + " rank " + std::to_string(rank));
+      if (::testing::Test::HasFailure()) return;
+    }
+  }
+}
+
+}  // namespace pplx::moe::testing
