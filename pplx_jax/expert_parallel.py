@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NoReturn
@@ -144,6 +145,8 @@ class ExpertParallel:
         )
         self.group_id = _hash63("group", *self._value)
         self._membership = Membership(self, Fabric.parse(fabric), float(timeout), float(stall_timeout))
+        # A group that nobody refers to any more frees its memory and name; so does the interpreter's exit.
+        weakref.finalize(self, self._membership.close)
 
     def _checked_map(self, expert_map: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
         experts, ranks = self.config.num_experts, self.num_ranks
@@ -408,7 +411,8 @@ class ExpertParallel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None or isinstance(error, jax.errors.JaxRuntimeError):
+            # JAX's fast path turns an error of a program that runs synchronously into a ValueError.
+            if error is None or isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
                 self._membership.check(sync=False)
         finally:
             self.close()

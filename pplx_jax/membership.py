@@ -178,7 +178,9 @@ class Membership:
                 jax.block_until_ready(jnp.zeros((), jnp.int32, device=device) + 1)
         failures = [f for member in self._members.values() if (f := member.failure()) is not None]
         errors = [e for member in self._members.values() if (e := member.take_data_error()) is not None]
-        for name, text in (*failures, *errors):
+        # The rank whose data is wrong knows best what is wrong with it.
+        errors.sort(key=lambda error: not error[2])
+        for name, text, *_ in (*failures, *errors):
             raise make_error(name, text)
 
     def stats(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def dense(x: Any, indices: Any, weights: Any, scale: Any, valid: Any) -> jax.Arr
 
 def same_bits(a: Any, b: Any) -> None:
     a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape and a.dtype == b.dtype
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
     different = a.reshape(-1).view(np.uint8) != b.reshape(-1).view(np.uint8)
     # -0.0 and 0.0 are one value: the oracle starts from zeros where nothing was added.
     if different.any():

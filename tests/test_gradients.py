@@ -80,7 +80,7 @@ def test_unweighted_weights_get_their_gradient_in_the_layer():
             close(a, b)
 
 
-def INDICES(case, ep):  # noqa: N802
+def INDICES(case, ep):
     per_rank = case.tokens
     return jax.lax.dynamic_slice_in_dim(
         jnp.asarray(case.indices), jax.lax.axis_index(ep.axis) * per_rank, per_rank

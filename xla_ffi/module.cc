@@ -88,7 +88,13 @@ class MemberHandle {
     member_->group.fail(Error(ErrorKind::kPeer, why), member_->group.config().rank);
   }
   std::optional<Report> failure() const { return to_report(member_->group.failure()); }
-  std::optional<Report> take_data_error() { return to_report(member_->group.take_data_error()); }
+  // With whether it is this rank's own.
+  std::optional<std::tuple<std::string, std::string, bool>> take_data_error() {
+    const bool own = member_->group.data_error_culprit() == member_->group.config().rank;
+    const auto error = to_report(member_->group.take_data_error());
+    if (!error) return std::nullopt;
+    return std::tuple(error->first, error->second, own);
+  }
 
   nb::dict stats() const {
     const moe::GroupStats stats = member_->group.stats();
@@ -188,6 +194,8 @@ void bind_group(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // The connector below lives as long as the process, on purpose.
+  nb::set_leak_warnings(false);
   bind_engine(m);
   bind_shape(m);
   bind_group(m);
