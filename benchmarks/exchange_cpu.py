@@ -1,6 +1,6 @@
 """dispatch + combine on CPU against what JAX offers for it: a capacity-padded MoE over ``lax.all_to_all``.
 
-    python benchmarks/exchange_cpu.py [--tokens 128] [--hidden 1024] [--experts 32] [--top-k 4] [--processes 4]
+    python benchmarks/exchange_cpu.py [--tokens 128] [--hidden 1024] [--experts 32] [--top-k 4]
 
 Starts the processes itself; every contender runs in the same ones, interleaved step by step, with new routing
 each step. A step is one jitted dispatch + expert transform (a scale) + combine. Reported: median over steps
@@ -46,7 +46,7 @@ def ours(ep: ExpertParallel) -> Callable[..., Any]:
 
 
 def padded(ranks: int, experts: int, top_k: int, tokens: int) -> Callable[..., Any]:
-    """One-hot-free: positions by a cumulative sum, scatter into [E, capacity, H], all_to_all there and back."""
+    """Positions by a cumulative sum, scatter into [E, capacity, H], all_to_all there and back."""
     capacity = int(np.ceil(CAPACITY * tokens * top_k / experts))
 
     def step(x: Any, indices: Any, weights: Any) -> Any:

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from pplx_jax import ExpertParallel
 
-
 SPEC = P("ep")
 
 

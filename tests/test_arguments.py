@@ -224,20 +224,17 @@ def test_bad_num_tokens():
             ep.check()
 
 
-def test_leaving_the_context_raises_the_typed_error():
-    with (
-        pytest.raises(pplx_jax.RoutingError, match="is 99"),
-        ExpertParallel(make_mesh(2), name="leave", **GOOD) as ep,
-    ):
-        case = Case(ep, 8, 1)
-        case.indices[0, 0] = 99
-        jax.jit(sharded(ep))(*case.args).block_until_ready()
-    with (
-        pytest.raises(pplx_jax.RoutingError, match="is 99"),
-        ExpertParallel(make_mesh(2), name="leave", **GOOD) as ep,
-    ):
-        for _ in range(2):  # the second raises inside jit
-            jax.jit(sharded(ep))(*case.args).block_until_ready()
+@pytest.mark.parametrize("executions", [1, 2], ids=["after one", "raised inside jit"])
+def test_leaving_the_context_raises_the_typed_error(executions):
+    def program():
+        with ExpertParallel(make_mesh(2), name="leave", **GOOD) as ep:
+            case = Case(ep, 8, 1)
+            case.indices[0, 0] = 99
+            for _ in range(executions):
+                jax.jit(sharded(ep))(*case.args).block_until_ready()
+
+    with pytest.raises(pplx_jax.RoutingError, match="is 99"):
+        program()
 
 
 def test_tampered_route():

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from moe_oracle import Case, dense, make_mesh, same_bits, sharded
 
-import pplx_jax
 from pplx_jax import ExpertParallel
 from pplx_jax.testing import run_processes
 
@@ -267,7 +267,7 @@ def compiles(cache):
         misses.clear()
         out = jax.jit(sharded(ep))(*args)
         check_rows(out, case.expected())
-    return len(misses), len(os.listdir(cache))
+    return len(misses), len(list(Path(cache).iterdir()))
 
 
 @pytest.mark.slow
