@@ -401,7 +401,9 @@ class ExpertParallel:
 
     def close(self) -> None:
         """Frees regions, threads and sockets, even while compiled programs refer to the group: running one
-        then raises ``GroupClosedError``, until an equal group is opened. Idempotent."""
+        then raises ``GroupClosedError``, until an equal group is opened. Idempotent.
+
+        First waits, at most ``timeout``, for programs of this process that are under way."""
         self._membership.close()
 
     def __enter__(self) -> ExpertParallel:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -173,15 +173,28 @@ class Membership:
 
     def check(self, sync: bool) -> None:
         """``ExpertParallel.check``."""
-        if sync and isinstance(self._mesh, Mesh):
-            for device in self._mesh.local_devices:
-                jax.block_until_ready(jnp.zeros((), jnp.int32, device=device) + 1)
+        if sync:
+            self._drain()
         failures = [f for member in self._members.values() if (f := member.failure()) is not None]
         errors = [e for member in self._members.values() if (e := member.take_data_error()) is not None]
         # The rank whose data is wrong knows best what is wrong with it.
         errors.sort(key=lambda error: not error[2])
         for name, text, *_ in (*failures, *errors):
             raise make_error(name, text)
+
+    def _drain(self) -> None:
+        """Waits, at most ``timeout``, for what this process has dispatched: programs run asynchronously, and
+        the runtime tells of their end only through their results."""
+
+        def wait() -> None:
+            for array in jax.live_arrays():
+                with contextlib.suppress(Exception):  # a program's own failure is not ours to raise
+                    array.block_until_ready()
+
+        if self._members:
+            thread = threading.Thread(target=wait, daemon=True)
+            thread.start()
+            thread.join(self._timeout)
 
     def stats(self) -> dict[str, Any]:
         """``ExpertParallel.stats``."""
@@ -206,6 +219,8 @@ class Membership:
                     del _live[self._name]
                 if _known.get(self._group_id) is self:
                     del _known[self._group_id]
+            if not any(member.failure() for member in self._members.values()):
+                self._drain()
             # Together: each tells its peers and waits for the last local completions.
             threads = [threading.Thread(target=member.close) for member in self._members.values()]
             for thread in threads:
