@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from pplx_jax.grouped_gemm import grouped_gemm
+
 Initializer: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -73,24 +75,6 @@ def init_experts(
         down_bias=bias((*sizes, hidden)) if use_bias else None,
         gate_bias=bias((*sizes, intermediate)) if use_bias and gated else None,
     )
-
-
-def grouped_gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Multiplies contiguous groups of rows by a matrix each.
-
-    The one place where the experts' products are made, so that a faster kernel replaces one function.
-
-    Args:
-      tokens: [M, A]; the first group_sizes[0] rows belong to group 0, and so on.
-      weights: [G, A, B], tokens' dtype.
-      group_sizes: int32 [G], with a sum of at most M.
-
-    Returns:
-      [M, B] of tokens' dtype, accumulated in float32; rows past the last group are zero, and neither they nor
-      their cotangents are read.
-    """
-    out = jax.lax.ragged_dot(tokens, weights, group_sizes, preferred_element_type=jnp.float32)
-    return out.astype(tokens.dtype)
 
 
 def _row_bias(bias: jax.Array, group_sizes: jax.Array, rows: int) -> jax.Array:
