@@ -186,7 +186,7 @@ TEST(Death, AStopOfThisProcessBlamesNobody) {
     }
     _exit(cluster[0].group.failure() || cluster[1].group.failure() ? 1 : 0);
   }
-  for (const Duration stop : {Duration(900ms), Duration(1100ms), Duration(3s)}) {
+  for (const Duration stop : {Duration(900ms), Duration(1100ms), Duration(1600ms)}) {
     std::this_thread::sleep_for(300ms);
     kill(child, SIGSTOP);
     std::this_thread::sleep_for(stop);
