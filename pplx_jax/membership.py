@@ -179,7 +179,7 @@ class Membership:
         errors = [e for member in self._members.values() if (e := member.take_data_error()) is not None]
         # The rank whose data is wrong knows best what is wrong with it.
         errors.sort(key=lambda error: not error[2])
-        for name, text, *_ in (*failures, *errors):
+        for name, text in (*failures, *((name, text) for name, text, _ in errors)):
             raise make_error(name, text)
 
     def _drain(self) -> None:
