@@ -141,7 +141,7 @@ make_venv() {
   if [[ ! -x $1/bin/python || $(cat "$1/.python" 2>/dev/null) != "$version" ]]; then
     say "creating ${1#"$ROOT"/} ($("$2" -V))"
     "$2" -m venv --clear "$1"
-    "$1/bin/python" -m pip install -q --upgrade "pip>=24"
+    "$1/bin/python" -m pip install -qq --upgrade "pip>=24"
     printf '%s\n' "$version" >"$1/.python"
   fi
 }
@@ -166,7 +166,7 @@ extension_key() { printf '%s %s' "$(digest pyproject.toml CMakeLists.txt $(sourc
 
 install_requirements() { # VENV EXTRA
   say "installing the requirements into ${1#"$ROOT"/}"
-  "$1/bin/python" -m pip install -q "${BUILD_REQUIREMENTS[@]}"
+  "$1/bin/python" -m pip install -qq "${BUILD_REQUIREMENTS[@]}"
   # The dependencies alone, so that a change in the C++ sources never reinstalls them.
   "$1/bin/python" - "$2" >"$1/requirements.txt" <<'PY'
 import re, sys, tomllib
@@ -183,12 +183,12 @@ def expand(names):
 
 print(*project["dependencies"], *expand(project["optional-dependencies"][sys.argv[1]]), sep="\n")
 PY
-  "$1/bin/python" -m pip install -q -r "$1/requirements.txt"
+  "$1/bin/python" -m pip install -qq -r "$1/requirements.txt"
 }
 
 install_editable() {
   say "building the extension"
-  "$VENV/bin/python" -m pip install -q --no-build-isolation --no-deps -e . -C cmake.define.PPLX_WERROR=ON \
+  "$VENV/bin/python" -m pip install -qq --no-build-isolation --no-deps -e . -C cmake.define.PPLX_WERROR=ON \
     -C "build.tool-args=-j$JOBS"
 }
 
@@ -281,7 +281,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
   once "$NEWEST_VENV/.requirements-test" "$(requirements_key test)" install_requirements "$NEWEST_VENV" test
   # shellcheck disable=SC2046
   once "$NEWEST_VENV/.package" "$(extension_key) $(digest $(modules))" \
-    "$NEWEST_VENV/bin/python" -m pip install -q --no-build-isolation --no-deps --force-reinstall . \
+    "$NEWEST_VENV/bin/python" -m pip install -qq --no-build-isolation --no-deps --force-reinstall . \
     -C "build.tool-args=-j$JOBS"
   "$NEWEST_VENV/bin/python" -c 'import sys, jax, flax, numpy
 print(f"Python {sys.version.split()[0]}, jax {jax.__version__}, flax {flax.__version__}, numpy {numpy.__version__}")'
