@@ -9,6 +9,7 @@ const char* __tsan_default_suppressions() {
   return "called_from_lib:libfabric.so\n"
          "race:libfabric.so\n"
          "mutex:libfabric.so\n"
+         "mutex:_dl_call_fini\n"  // as libfabric is unloaded
          "deadlock:libfabric.so\n";
 }
 }
