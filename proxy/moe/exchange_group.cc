@@ -153,17 +153,22 @@ std::string ExchangeGroup::rank_name(uint32_t rank) const {
 
 // --- failure ---------------------------------------------------------------------------------------------
 
-void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
-  AbortNotice notice{};
+bool ExchangeGroup::record_failure(const Error& error) {
   {
     const std::lock_guard guard(status_mutex_);
-    if (failure_) return;
+    if (failure_) return false;
     failure_ = error;
     failure_run_ = current_run_.load();
     failed_ = true;
-    notice.exchange = std::max<uint64_t>(next_exchange_, 1) - 1;
   }
   log().error("group '{}' rank {}: {}", config_.name, config_.rank, error.what());
+  return true;
+}
+
+void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
+  if (!record_failure(error)) return;
+  AbortNotice notice{};
+  notice.exchange = std::max<uint64_t>(next_exchange_, 1) - 1;
   notice.error_kind = static_cast<uint8_t>(error.kind());
   notice.culprit = culprit;
   std::strncpy(notice.text, error.what(), sizeof(notice.text) - 1);
@@ -257,9 +262,9 @@ void ExchangeGroup::read_notices() {
     const auto kind = notice.error_kind <= static_cast<uint8_t>(ErrorKind::kRouting)
                           ? static_cast<ErrorKind>(notice.error_kind)
                           : ErrorKind::kPeer;
-    fail(Error(kind, rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) + ": " +
-                         notice.text),
-         notice.culprit);
+    // Not passed on: whoever failed has told every peer itself.
+    record_failure(Error(kind, rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) +
+                                   ": " + notice.text));
   }
 }
 

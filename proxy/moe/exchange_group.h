@@ -110,6 +110,8 @@ class ExchangeGroup {
   void beat();
   void check_liveness(Clock::time_point now, Duration absent);
   void read_notices();  // fails the group when a peer said that it failed
+  // Records the failure unless there is one. Returns whether it is the first.
+  bool record_failure(const Error& error);
   void broadcast(const AbortNotice& notice, NoticeSlot slot);
   std::byte* region(uint32_t lane, uint32_t source) const;
   std::string rank_name(uint32_t rank) const;
