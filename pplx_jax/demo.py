@@ -183,7 +183,7 @@ def _plot(path: Path, history: list[dict[str, Any]], unigram: float, config: Dem
 
 def run(
     processes: int = 4,
-    steps: int = 240,
+    steps: int = 180,
     out: str | os.PathLike[str] = "demo_out",
     fabric: str = "auto",
     *,
@@ -291,9 +291,9 @@ def _train_and_prove(config: DemoConfig, folder: Path, console: Console, deadlin
     if dense:
         difference = max(abs(a - h["loss"]) for a, h in zip(dense, history, strict=False))
         console.print(
-            f"first {len(dense)} steps, experts on {config.processes} processes against the dense layer in one "
-            f"process: "
-            f"losses differ by at most {difference:.1e} nats per byte (allowed {config.tolerance:.0e})."
+            f"first {len(dense)} steps, experts on {config.processes} processes against the dense layer in "
+            f"one process: losses differ by at most {difference:.1e} nats per byte "
+            f"(allowed {config.tolerance:.0e})."
         )
         if not difference <= config.tolerance:
             problems.append(f"losses differ from the dense layer's by {difference:.1e}")

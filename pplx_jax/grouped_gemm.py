@@ -22,7 +22,7 @@ _BLOCK = 64
 
 
 def grouped_gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Multiplies contiguous groups of rows by a matrix each. Differentiable in tokens and weights (reverse mode).
+    """Multiplies contiguous groups of rows by a matrix each. Reverse-mode differentiable in both.
 
     Args:
       tokens: [M, A]; the first group_sizes[0] rows belong to group 0, and so on.

@@ -1,0 +1,510 @@
+"""The MoE layer: dense against a loop over tokens, and over an expert-parallel group against dense."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pplx_jax
+from pplx_jax.experts import ACTIVATIONS, ExpertParams, apply_experts
+from pplx_jax.flax import MoE, SelectionBias, moe_layers, name_layers
+from pplx_jax.grouped_gemm import _ragged_rows, _ragged_weights, grouped_gemm
+from pplx_jax.models.byte_lm import ByteLM, ByteLMConfig, generate, loss_fn
+from pplx_jax.moe import MoEConfig, MoEParams, init_params, moe, token_axes
+
+H, INNER = 16, 12
+
+
+def mesh_of(explicit: bool = False, **axes: int) -> Mesh:
+    sizes = tuple(axes.values())
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
+    return Mesh(devices, tuple(axes), axis_types=(kind,) * len(sizes))
+
+
+@contextlib.contextmanager
+def group(mesh: Mesh, experts: int, top_k: int, tokens: int = 32, **fields: Any) -> Iterator[Any]:
+    fields = {"hidden": H, "dtype": jnp.float32, "name": "flax-test", **fields}
+    with pplx_jax.ExpertParallel(
+        mesh, "ep", num_experts=experts, top_k=top_k, max_tokens=tokens, stall_timeout=50.0, **fields
+    ) as ep:
+        yield ep
+
+
+def make_params(experts: int, **options: Any) -> MoEParams:
+    """Random parameters without zeros, so that each expert and each bias shows in the result."""
+    params = init_params(jax.random.key(0), H, INNER, experts, **options)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [a + 0.1 * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys, strict=True)]
+    made: MoEParams = jax.tree.unflatten(tree, noisy)
+    return made
+
+
+def one_expert(params: ExpertParams, index: Any, x: jax.Array, act: Any) -> jax.Array:
+    def pick(a: jax.Array | None) -> jax.Array | float:
+        return 0.0 if a is None else a[index]
+
+    inner = x @ pick(params.up) + pick(params.up_bias)
+    if params.gate is None:
+        inner = act(inner)
+    else:
+        inner = act(x @ pick(params.gate) + pick(params.gate_bias)) * inner
+    return inner @ pick(params.down) + pick(params.down_bias)
+
+
+def naive_moe(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
+    """Token by token, in Python; shares only the router with the layer."""
+    from pplx_jax import router
+
+    rows = x.reshape(-1, H)
+    logits = rows @ params.router + (0 if params.router_bias is None else params.router_bias)
+    routing = router.route(
+        logits,
+        top_k=config.top_k,
+        score_fn=config.score_fn,
+        bias=params.selection_bias,
+        num_groups=config.num_groups,
+        top_groups=config.top_groups,
+        normalize=config.normalize,
+        scale=config.scale,
+    )
+    out = []
+    for t, choices in enumerate(np.asarray(jax.lax.stop_gradient(routing.indices)).tolist()):
+        y = jnp.zeros(H)
+        for k, expert in enumerate(choices):
+            y += routing.weights[t, k] * one_expert(params.experts, expert, rows[t], config.activation_fn)
+        if params.shared is not None:
+            y += one_expert(params.shared, ..., rows[t], config.activation_fn)
+        out.append(y)
+    return jnp.stack(out).reshape(x.shape)
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 2e-5) -> None:
+    def check(path: Any, a: Any, b: Any) -> None:
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, jax.device_get(got), jax.device_get(want))
+
+
+# ---- dense -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, config",
+    [
+        ({}, MoEConfig(top_k=2)),
+        ({"gated": False}, MoEConfig(top_k=1, normalize=False, activation="relu2")),
+        (
+            {"use_bias": True, "router_bias": True, "selection_bias": True, "shared_experts": 2},
+            MoEConfig(top_k=3, score_fn="sigmoid", num_groups=3, top_groups=2, scale=2.5, activation="gelu"),
+        ),
+        ({"gated": False, "use_bias": True}, MoEConfig(top_k=6, activation=jnp.sin)),
+    ],
+)
+def test_dense_matches_a_loop_over_tokens(options: dict[str, Any], config: MoEConfig) -> None:
+    params = make_params(6, **options)
+    x = jax.random.normal(jax.random.key(2), (2, 3, H))
+    weight = jax.random.normal(jax.random.key(3), x.shape)
+
+    def total(run: Any) -> Any:
+        return jax.grad(lambda p, x: (run(p, x) * weight).sum(), argnums=(0, 1))(params, x)
+
+    layer = jax.jit(lambda p, x: moe(p, x, config)[0])
+    assert_close(layer(params, x), naive_moe(params, x, config))
+    assert_close(total(layer), total(lambda p, x: naive_moe(p, x, config)))
+
+
+def test_every_named_activation_is_used() -> None:
+    params = make_params(4)
+    x = jax.random.normal(jax.random.key(2), (5, H))
+    results = [moe(params, x, MoEConfig(top_k=2, activation=name))[0] for name in ACTIVATIONS]
+    assert len({np.asarray(y).tobytes() for y in results}) == len(ACTIVATIONS)
+
+
+def test_masked_tokens_reach_no_expert_and_count_nowhere() -> None:
+    params = make_params(4, shared_experts=1)
+    config = MoEConfig(top_k=2)
+    x = jax.random.normal(jax.random.key(2), (7, H))
+    mask = jnp.array([1, 0, 1, 1, 0, 1, 1], bool)
+    y, aux = moe(params, x, config, mask=mask)
+    kept, kept_aux = moe(params, x[mask], config)
+    assert_close(y[mask], kept)
+    assert_close(aux, kept_aux)
+    assert params.shared is not None
+    assert_close(y[~mask], apply_experts(params.shared, x[~mask], None))
+
+
+def test_bfloat16_compute_keeps_the_input_dtype_and_router() -> None:
+    params = make_params(4)
+    x = jax.random.normal(jax.random.key(2), (8, H))
+    y, aux = moe(params, x, MoEConfig(top_k=2, dtype=jnp.bfloat16))
+    exact, exact_aux = moe(params, x, MoEConfig(top_k=2))
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(aux.expert_loads, exact_aux.expert_loads)
+    assert_close(y, exact, 0.1)
+    assert np.asarray(y != exact).any()
+    assert moe(params, x.astype(jnp.bfloat16), MoEConfig(top_k=2))[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "rows, sizes", [(300, [100, 0, 130]), (64, [64]), (9, [0, 0]), (200, [1, 64, 65, 70]), (0, [0, 0])]
+)
+def test_grouped_gemm_and_its_gradients(rows: int, sizes: list[int]) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens = jax.random.normal(keys[0], (rows, 5))
+    weights = jax.random.normal(keys[1], (len(sizes), 5, 7))
+    cotangent = jax.random.normal(keys[2], (rows, 7))
+    used, group_sizes = sum(sizes), jnp.array(sizes, jnp.int32)
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    want = np.zeros((rows, 7), np.float32)
+    want[:used] = np.einsum("ma,mab->mb", tokens[:used], np.asarray(weights)[group_of])
+    d_tokens = np.zeros((rows, 5), np.float32)
+    d_tokens[:used] = np.einsum("mb,mab->ma", cotangent[:used], np.asarray(weights)[group_of])
+    d_weights = np.zeros(weights.shape, np.float32)
+    np.add.at(d_weights, group_of, np.einsum("ma,mb->mab", tokens[:used], cotangent[:used]))
+    # What lies past the last group is never read.
+    tokens, cotangent = (a.at[used:].set(jnp.nan) for a in (tokens, cotangent))
+    out, transpose = jax.vjp(lambda t, w: grouped_gemm(t, w, group_sizes), tokens, weights)
+    assert_close(out, want)
+    assert_close(transpose(cotangent), (d_tokens, d_weights))
+    if rows:  # what other platforms run
+        assert_close(_ragged_rows(tokens, weights, group_sizes), want)
+        assert_close(_ragged_weights(tokens, cotangent, group_sizes), d_weights)
+
+
+# ---- over a group ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "axes, experts, shape, options, config",
+    [
+        ({"ep": 4}, 8, (8, 3, H), {"shared_experts": 1}, MoEConfig(top_k=2)),
+        ({"ep": 4}, 10, (16, H), {"use_bias": True}, MoEConfig(top_k=3, score_fn="sigmoid", scale=2.5)),
+        ({"ep": 3}, 7, (3, 5, H), {"router_bias": True}, MoEConfig(top_k=2)),
+        ({"ep": 4}, 2, (7, H), {"gated": False}, MoEConfig(top_k=1, normalize=False)),
+        ({"dp": 2, "ep": 4}, 8, (8, 2, H), {}, MoEConfig(top_k=2, num_groups=4, top_groups=2)),
+        ({"ep": 2, "dp": 2, "tp": 2}, 5, (3, 3, H), {"selection_bias": True}, MoEConfig(top_k=2)),
+        ({"ep": 4}, 8, (H,), {}, MoEConfig(top_k=2)),
+    ],
+)
+def test_group_equals_dense(
+    axes: dict[str, int], experts: int, shape: tuple[int, ...], options: dict[str, Any], config: MoEConfig
+) -> None:
+    check_group(mesh_of(**axes), experts, shape, options, config)
+
+
+@pytest.mark.parametrize("axes, experts, shape", [({"ep": 4}, 8, (8, 2, H)), ({"dp": 2, "ep": 2}, 5, (7, H))])
+def test_group_on_explicit_axes(axes: dict[str, int], experts: int, shape: tuple[int, ...]) -> None:
+    check_group(mesh_of(explicit=True, **axes), experts, shape, {}, MoEConfig(top_k=2))
+
+
+def check_group(
+    mesh: Mesh, experts: int, shape: tuple[int, ...], options: dict[str, Any], config: MoEConfig
+) -> None:
+    params = make_params(experts, **options)
+    x = jax.random.normal(jax.random.key(2), shape)
+    weight = jax.random.normal(jax.random.key(3), shape)
+    mask = jax.random.bernoulli(jax.random.key(4), 0.8, shape[:-1])
+
+    def run(ep: Any) -> Any:
+        def loss(params: MoEParams, x: jax.Array) -> Any:
+            y, aux = moe(params, x, config, ep=ep, mask=mask)
+            return (y * weight).sum() + 3 * aux.load_balance_loss + aux.z_loss, (y, aux)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    with group(mesh, experts, config.top_k) as ep:
+        got = jax.block_until_ready(run(ep))
+    assert_close(got, run(None))
+    aux = got[0][1][1]
+    assert aux.ok == 1
+    assert aux.num_dropped == 0
+
+
+def test_no_tokens() -> None:
+    params = make_params(8)
+    with group(mesh_of(ep=4), 8, 2) as ep:
+        y, aux = jax.jit(lambda x: moe(params, x, MoEConfig(top_k=2), ep=ep))(jnp.zeros((0, H)))
+    assert y.shape == (0, H)
+    assert aux.ok == 1
+    assert not aux.expert_loads.any()
+
+
+def test_experts_placed_by_a_map_with_replicas() -> None:
+    params = make_params(5)
+    config = MoEConfig(top_k=2)
+    x = jax.random.normal(jax.random.key(2), (8, H))
+
+    def gradients(ep: Any) -> Any:
+        return jax.jit(jax.grad(lambda p, x: (moe(p, x, config, ep=ep)[0] ** 2).sum(), argnums=(0, 1)))(
+            params, x
+        )
+
+    with group(mesh_of(ep=4), 5, 2, expert_map=[[4, 1], [3, 0], [2, 1], [0, -1]]) as ep:
+        assert_close(gradients(ep), gradients(None))
+
+
+def test_drops_are_counted() -> None:
+    # All tokens choose expert 0, and its rank has room for half of them.
+    params = dataclasses.replace(make_params(4, router_bias=True), router_bias=jnp.array([99.0, 0, 0, 0]))
+    x = jax.random.normal(jax.random.key(2), (16, H))
+    with group(mesh_of(ep=4), 4, 1, rows=8, on_overflow="drop") as ep:
+        y, aux = jax.jit(lambda x: moe(params, x, MoEConfig(top_k=1), ep=ep))(x)
+    assert aux.num_dropped == 8
+    assert aux.ok == 1
+    np.testing.assert_array_equal(aux.expert_loads, [16, 0, 0, 0])
+    assert np.count_nonzero(np.abs(np.asarray(y)).sum(1)) == 8
+
+
+def collectives(hlo: str) -> list[str]:
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    return re.findall(rf"= \S+ ({names})(?:-start)?\(", hlo)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_compiled_program_has_only_the_declared_collectives(explicit: bool) -> None:
+    mesh = mesh_of(explicit=explicit, dp=2, ep=4)
+    config = MoEConfig(top_k=2)
+    with group(mesh, 8, 2) as ep:
+        tokens = NamedSharding(mesh, P(token_axes(ep)))
+        spread, everywhere = NamedSharding(mesh, P("ep")), NamedSharding(mesh, P())
+        params = make_params(8, shared_experts=1)
+        params = dataclasses.replace(
+            jax.device_put(params, everywhere), experts=jax.device_put(params.experts, spread)
+        )
+        x = jax.device_put(jnp.ones((16, 2, H)), tokens)
+
+        def forward(params: MoEParams, x: jax.Array) -> Any:
+            return moe(params, x, config, ep=ep)
+
+        def backward(params: MoEParams, x: jax.Array) -> Any:
+            def loss(params: MoEParams, x: jax.Array) -> jax.Array:
+                y, aux = forward(params, x)
+                return (y.astype(jnp.float32) ** 2).mean() + aux.load_balance_loss
+
+            return jax.grad(loss, argnums=(0, 1))(params, x)
+
+        placed = jax.tree.map(lambda a: a.sharding, (params, x))
+        once = jax.jit(forward, out_shardings=(tokens, everywhere)).lower(params, x).compile().as_text()
+        assert collectives(once) == ["all-reduce"]  # losses, loads and status, in one
+        both = jax.jit(backward, out_shardings=placed).lower(params, x).compile().as_text()
+        assert set(collectives(both)) == {"all-reduce"}
+
+
+# ---- the module --------------------------------------------------------------------------------------------
+
+
+class Stack(nnx.Module):
+    def __init__(self, ep: Any, remat: bool = False, layers: int = 2) -> None:
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List(
+            [MoE(H, INNER, 8, 2, rngs=rngs, ep=ep, selection_bias=True) for _ in range(layers)]
+        )
+        self.remat = remat
+        name_layers(self)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        balance = jnp.float32(0)
+        for layer in self.layers:
+            call = nnx.remat(lambda layer, x: layer(x)) if self.remat else (lambda layer, x: layer(x))
+            y, aux = call(layer, x)
+            x, balance = x + y, balance + aux.load_balance_loss
+        return x, balance
+
+
+@nnx.jit
+def stack_gradients(model: Stack, x: jax.Array) -> Any:
+    def loss(model: Stack) -> jax.Array:
+        y, balance = model(x)
+        return (y**2).mean() + balance
+
+    return nnx.value_and_grad(loss)(model)
+
+
+def arrays(tree: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_module_in_a_stack_with_and_without_a_group() -> None:
+    x = jax.random.normal(jax.random.key(1), (4, 3, H))
+    want = arrays(stack_gradients(Stack(None), x))
+    with group(mesh_of(ep=4), 8, 2) as ep:
+        for remat in (False, True):
+            model = nnx.jit(lambda remat=remat: Stack(ep, remat))()
+            assert model.layers[0].experts.up[...].sharding.spec[0] == "ep"
+            assert_close(arrays(stack_gradients(model, x)), want)
+        assert Stack(ep, layers=1).layers[0].experts.up[...].sharding.spec[0] == "ep"  # outside jit as well
+
+
+def test_module_holds_experts_that_ranks_do_not_divide() -> None:
+    with group(mesh_of(ep=4), 6, 2) as ep:
+        layer = MoE(H, INNER, 6, 2, rngs=nnx.Rngs(0), ep=ep)
+        assert layer.experts.up.shape == (6, H, INNER)
+        assert nnx.get_partition_spec(nnx.state(layer))["experts"]["up"][...] == P()
+
+
+def test_sharding_metadata() -> None:
+    with group(mesh_of(ep=4), 8, 2) as ep:
+        abstract = nnx.eval_shape(lambda: MoE(H, INNER, 8, 2, rngs=nnx.Rngs(0), ep=ep, use_bias=True))
+    specs = nnx.get_partition_spec(nnx.state(abstract))
+    assert specs["experts"]["up"][...] == P("ep", None, None)
+    assert specs["experts"]["down_bias"][...] == P("ep", None)
+    assert specs["router"][...] == P()
+    later = MoE(H, INNER, 8, 2, rngs=nnx.Rngs(0), expert_sharding="model")  # no mesh yet: an annotation
+    assert nnx.get_partition_spec(nnx.state(later))["experts"]["gate"][...] == P("model", None, None)
+
+
+def test_selection_bias_is_state_without_gradient() -> None:
+    model = Stack(None)
+    layer = model.layers[0]
+    before = np.asarray(layer.selection_bias[...])
+    _, aux = layer(jax.random.normal(jax.random.key(1), (9, H)))
+    layer.update_selection_bias(aux.expert_loads, speed=0.1)
+    assert np.abs(np.asarray(layer.selection_bias[...]) - before).max() == pytest.approx(0.1)
+    assert len(arrays(nnx.state(model, SelectionBias))) == 2
+    _, gradients = stack_gradients(model, jnp.ones((3, H)))
+    assert not arrays(nnx.state(gradients, SelectionBias))
+    with pytest.raises(ValueError, match="no selection bias"):
+        MoE(H, INNER, 8, 2, rngs=nnx.Rngs(0)).update_selection_bias(aux.expert_loads)
+
+
+def test_names_follow_the_path() -> None:
+    model = ByteLM(ByteLMConfig.tiny(), rngs=nnx.Rngs(0))
+    assert [path for path, _ in moe_layers(model)] == ["blocks.0.moe", "blocks.1.moe"]
+    assert model.blocks[1].moe.name == "blocks.1.moe"
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def test_byte_lm_is_causal_and_generates() -> None:
+    config = ByteLMConfig.tiny()
+    model = ByteLM(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, config.window), 0, 256)
+    logits, _ = model(tokens)
+    changed, _ = model(tokens.at[:, 20].set(0))
+    assert_close(logits[:, :20], changed[:, :20])
+    assert np.abs(logits[:, 20:] - changed[:, 20:]).max() > 1e-3
+    loss, metrics = loss_fn(model, tokens)
+    assert loss > metrics.nats_per_byte > 0
+    assert metrics.ok == 1
+
+    prompt = tokens[:, :30].astype(jnp.uint8)
+    greedy = generate(model, prompt, 6, key=jax.random.key(1), temperature=0)
+    # Past the window the model sees its last bytes only: check each against a plain forward pass.
+    sequence = np.asarray(prompt)
+    for i in range(6):
+        logits, _ = model(jnp.asarray(sequence[:, -config.window :]))
+        best = np.asarray(jnp.argmax(logits[:, -1], -1)).astype(np.uint8)
+        np.testing.assert_array_equal(greedy[:, i], best)
+        sequence = np.concatenate([sequence, best[:, None]], axis=1)
+    sampled = [generate(model, prompt, 8, key=jax.random.key(k)) for k in (1, 1, 2)]
+    np.testing.assert_array_equal(sampled[0], sampled[1])
+    assert (np.asarray(sampled[0]) != np.asarray(sampled[2])).any()
+    assert generate(model, prompt, 0, key=jax.random.key(0)).shape == (2, 0)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, match, changes",
+    [
+        (TypeError, "params", {"params": {}}),
+        (TypeError, "config", {"config": 2}),
+        (TypeError, "x must be a floating", {"x": jnp.zeros((4, H), jnp.int32)}),
+        (TypeError, "x must be a floating", {"x": [0.0]}),
+        (ValueError, r"x must have shape \[..., 16\]", {"x": jnp.zeros((4, H + 1))}),
+        (ValueError, "mask", {"mask": jnp.ones(3, bool)}),
+        (TypeError, "mask", {"mask": jnp.ones(4)}),
+        (ValueError, "top_k", {"config": MoEConfig(top_k=9)}),
+        (TypeError, "ep must be", {"ep": "ep"}),
+    ],
+)
+def test_bad_arguments_are_named(error: type[Exception], match: str, changes: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {
+        "params": make_params(8),
+        "x": jnp.zeros((4, H)),
+        "config": MoEConfig(top_k=2),
+    }
+    arguments.update(changes)
+    with pytest.raises(error, match=match):
+        moe(arguments.pop("params"), arguments.pop("x"), arguments.pop("config"), **arguments)
+
+
+def test_parameters_that_do_not_fit_are_named() -> None:
+    params = make_params(4, use_bias=True, shared_experts=1)
+    run = jax.tree_util.Partial(moe, x=jnp.zeros((4, H)), config=MoEConfig(top_k=2))
+    experts = params.experts
+    for match, bad in (
+        ("params.router", dataclasses.replace(params, router=jnp.zeros(H))),
+        ("params.router_bias", dataclasses.replace(params, router_bias=jnp.zeros(3))),
+        (
+            "params.experts.down ",
+            dataclasses.replace(params, experts=dataclasses.replace(experts, down=experts.down[:, 1:])),
+        ),
+        (
+            "gate_bias must be None",
+            dataclasses.replace(params, experts=dataclasses.replace(experts, gate=None)),
+        ),
+        ("params.shared.up", dataclasses.replace(params, shared=experts)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            run(bad)
+    with pytest.raises(TypeError, match=r"params\.router must be floating"):
+        run(dataclasses.replace(params, router=params.router.astype(jnp.int32)))
+
+
+@pytest.mark.parametrize(
+    "error, match, changes",
+    [
+        (TypeError, "hidden", {"hidden": 1.5}),
+        (ValueError, "intermediate", {"intermediate": 0}),
+        (ValueError, "num_experts", {"num_experts": 0}),
+        (ValueError, "top_k", {"top_k": 5}),
+        (ValueError, "shared_experts", {"shared_experts": -1}),
+        (ValueError, "score_fn", {"router": "tanh"}),
+        (ValueError, "activation", {"activation": "swish"}),
+        (TypeError, "activation", {"activation": 3}),
+        (TypeError, "dtype", {"dtype": jnp.int32}),
+        (TypeError, "dtype", {"param_dtype": "words"}),
+        (TypeError, "data_axes", {"data_axes": "dp"}),
+        (TypeError, "name", {"name": 3}),
+    ],
+)
+def test_bad_module_arguments_are_named(error: type[Exception], match: str, changes: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"hidden": H, "intermediate": INNER, "num_experts": 4, "top_k": 2, **changes}
+    sizes = [arguments.pop(name) for name in ("hidden", "intermediate", "num_experts", "top_k")]
+    with pytest.raises(error, match=match):
+        MoE(*sizes, rngs=nnx.Rngs(0), **arguments)
+
+
+def test_group_that_does_not_fit_is_named() -> None:
+    mesh = mesh_of(ep=4)
+    with group(mesh, 8, 2, tokens=2) as ep:
+        with pytest.raises(ValueError, match="max_tokens=2"):
+            moe(make_params(8), jnp.zeros((16, H)), MoEConfig(top_k=2), ep=ep)
+        with pytest.raises(ValueError, match="num_experts=8"):
+            moe(make_params(4), jnp.zeros((4, H)), MoEConfig(top_k=2), ep=ep)
+        with pytest.raises(ValueError, match="data_axes"):
+            moe(make_params(8), jnp.zeros((4, H)), MoEConfig(top_k=2, data_axes=("dp",)), ep=ep)
+        with pytest.raises(ValueError, match="ep was made for"):
+            MoE(H, INNER, 8, 3, rngs=nnx.Rngs(0), ep=ep)
+
+
+@pytest.mark.parametrize("changes", [{"hidden": 100, "heads": 3}, {"layers": 0}, {"window": "8"}])
+def test_bad_model_sizes_are_named(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        ByteLMConfig(**changes)
