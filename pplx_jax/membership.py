@@ -191,10 +191,9 @@ class Membership:
                 with contextlib.suppress(Exception):  # a program's own failure is not ours to raise
                     array.block_until_ready()
 
-        if self._members:
-            thread = threading.Thread(target=wait, daemon=True)
-            thread.start()
-            thread.join(self._timeout)
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(self._timeout)
 
     def stats(self) -> dict[str, Any]:
         """``ExpertParallel.stats``."""
@@ -210,6 +209,11 @@ class Membership:
 
     def close(self) -> None:
         """``ExpertParallel.close``."""
+        if self._closed:
+            return
+        # Before the lock is taken: a program under way may need it, to connect.
+        if not any(member.failure() for member in self._members.values()):
+            self._drain()
         with self._connect_lock:
             if self._closed:
                 return
@@ -219,8 +223,6 @@ class Membership:
                     del _live[self._name]
                 if _known.get(self._group_id) is self:
                     del _known[self._group_id]
-            if not any(member.failure() for member in self._members.values()):
-                self._drain()
             # Together: each tells its peers and waits for the last local completions.
             threads = [threading.Thread(target=member.close) for member in self._members.values()]
             for thread in threads:
