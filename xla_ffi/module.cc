@@ -26,7 +26,6 @@ void bind_engine(nb::module_& m);  // engine_bindings.cc
 namespace {
 
 using moe::DType;
-using moe::ExchangeGroup;
 using moe::GroupConfig;
 using moe::Member;
 using moe::MoeShape;
@@ -72,6 +71,7 @@ class MemberHandle {
   nb::bytes endpoint() const { return to_python(member_->group.endpoint()); }
   void connect(const std::vector<nb::bytes>& endpoints) {
     std::vector<Bytes> all;
+    all.reserve(endpoints.size());
     for (const nb::bytes& endpoint : endpoints) all.push_back(from_python(endpoint));
     nb::gil_scoped_release release;
     member_->group.connect(all);
