@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from moe_oracle import SPEC, Case, experts, make_mesh, same_bits, sharded
 
@@ -55,7 +55,7 @@ def test_two_live_groups_of_one_name():
 
 
 def test_tracing_needs_no_network():
-    mesh = AbstractMesh((4,), ("ep",))
+    mesh = AbstractMesh((4,), ("ep",), axis_types=(AxisType.Auto,))
     ep = ExpertParallel(mesh, name="abstract", **SMALL)
     shape = jax.ShapeDtypeStruct
     out = jax.eval_shape(
@@ -238,7 +238,7 @@ def test_memory_is_what_it_says():
 
 
 def test_explicit_mesh_axes():
-    mesh = jax.make_mesh((4,), ("ep",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((4,), ("ep",), axis_types=(AxisType.Explicit,))
     with ExpertParallel(mesh, name="explicit", **SMALL) as ep, jax.set_mesh(mesh):
         case = Case(ep, 8, 1)
         args = [jax.device_put(a, jax.NamedSharding(mesh, P("ep"))) for a in case.args]
