@@ -3,7 +3,8 @@
     python benchmarks/exchange_cpu.py [--tokens 128] [--hidden 1024] [--experts 32] [--top-k 4]
 
 Starts the processes itself; every contender runs in the same ones, interleaved step by step, with new routing
-each step. A step is one jitted dispatch + expert transform (a scale) + combine. Reported: median over steps
+each step. A step is one jitted dispatch + combine; the experts give back what they get, so that only the
+exchange is timed. Reported: median over steps
 of the slowest rank's time. Peers: ``all_to_all`` with every (token, expert) copied to a [R, E/R * capacity,
 H] buffer, capacity = 1.25 x the balanced load (it drops what exceeds it, and is given no dropping to pay
 for). Nobody quantises. The floor is the time one core needs to copy the wire bytes of one rank twice (into
@@ -40,7 +41,7 @@ def routing(seed: int, tokens: int, experts: int, top_k: int) -> np.ndarray:
 def ours(ep: ExpertParallel) -> Callable[..., Any]:
     def step(x: Any, indices: Any, weights: Any) -> Any:
         batch, route = ep.dispatch(x, indices, weights)
-        return ep.combine(batch.tokens * 2, route)
+        return ep.combine(batch.tokens, route)
 
     return step
 
@@ -58,7 +59,7 @@ def padded(ranks: int, experts: int, top_k: int, tokens: int) -> Callable[..., A
         buffer = jnp.zeros((experts * capacity, x.shape[1]), x.dtype).at[slot].set(source, mode="drop")
         buffer = buffer.reshape(ranks, -1, x.shape[1])
         there = jax.lax.all_to_all(buffer, "ep", 0, 0)
-        back = jax.lax.all_to_all(there * 2, "ep", 0, 0).reshape(experts * capacity, -1)
+        back = jax.lax.all_to_all(there, "ep", 0, 0).reshape(experts * capacity, -1)
         rows = back.at[slot].get(mode="fill", fill_value=0).reshape(*indices.shape, -1)
         return (rows.astype(jnp.float32) * weights[..., None]).sum(1).astype(x.dtype)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pplx_jax import _core, bootstrap, compat
+from pplx_jax.engine import set_library_search_path
 from pplx_jax.errors import GroupClosedError, MismatchError, make_error
 from pplx_jax.fabric import Fabric
 
@@ -99,6 +100,7 @@ class Membership:
             raise ValueError(f"process {process} has no device in the group's mesh")
         boot = bootstrap.Bootstrap(f"{self._group_id:x}/{generation}", process, processes, self._timeout)
         fabric, address = self._choose_fabric(boot)
+        set_library_search_path()
         local = {device.id: place for device, place in ranks.items() if device.process_index == process}
         members: dict[int, _core.Member] = {}
         try:
@@ -209,10 +211,8 @@ class Membership:
 
     def close(self) -> None:
         """``ExpertParallel.close``."""
-        if self._closed:
-            return
         # Before the lock is taken: a program under way may need it, to connect.
-        if not any(member.failure() for member in self._members.values()):
+        if not self._closed and not any(member.failure() for member in self._members.values()):
             self._drain()
         with self._connect_lock:
             if self._closed:

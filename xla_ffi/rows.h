@@ -38,10 +38,21 @@ inline BFloat16 from_float<BFloat16>(float value) {
 
 inline constexpr int kBlock = 256;  // elements accumulated in registers and L1 at a time
 
-// out = sum of weights[i] * rows[i], or of rows[i] where weights is null, starting from the first term.
-// `n` > 0; out may be one of rows.
+// The loops below are compiled for the baseline and for AVX2, without its fused multiply-add: twice to four
+// times as fast, the same bits.
+#if defined(__x86_64__)
+#define PPLX_AVX2 [[gnu::target("avx2")]]
+inline const bool kHasAvx2 = __builtin_cpu_supports("avx2") != 0;
+#else
+#define PPLX_AVX2
+inline constexpr bool kHasAvx2 = false;
+#endif
+
+namespace loops {
+
 template <typename T>
-void sum_rows(T* out, const T* const* rows, const float* weights, int n, int64_t hidden) {
+[[gnu::always_inline]] inline void sum_rows(T* out, const T* const* rows, const float* weights, int n,
+                                            int64_t hidden) {
   if (n == 1 && weights == nullptr) {
     if (out != rows[0]) std::memcpy(out, rows[0], hidden * sizeof(T));
     return;
@@ -69,13 +80,13 @@ void sum_rows(T* out, const T* const* rows, const float* weights, int n, int64_t
 }
 
 template <typename T>
-void scale_row(T* out, const T* row, float weight, int64_t hidden) {
+[[gnu::always_inline]] inline void scale_row(T* out, const T* row, float weight, int64_t hidden) {
   for (int64_t h = 0; h < hidden; ++h) out[h] = from_float<T>(weight * to_float(row[h]));
 }
 
 // Sixteen partial sums in a fixed pattern, added pairwise: vectorises, and the order never changes.
 template <typename T>
-float dot_rows(const T* a, const T* b, int64_t hidden) {
+[[gnu::always_inline]] inline float dot_rows(const T* a, const T* b, int64_t hidden) {
   constexpr int kLanes = 16;
   float acc[kLanes] = {};
   int64_t h = 0;
@@ -87,6 +98,39 @@ float dot_rows(const T* a, const T* b, int64_t hidden) {
     for (int lane = 0; lane < width; ++lane) acc[lane] += acc[lane + width];
   }
   return acc[0];
+}
+
+template <typename T>
+PPLX_AVX2 void sum_rows_avx2(T* out, const T* const* rows, const float* weights, int n, int64_t hidden) {
+  loops::sum_rows(out, rows, weights, n, hidden);
+}
+template <typename T>
+PPLX_AVX2 void scale_row_avx2(T* out, const T* row, float weight, int64_t hidden) {
+  loops::scale_row(out, row, weight, hidden);
+}
+template <typename T>
+PPLX_AVX2 float dot_rows_avx2(const T* a, const T* b, int64_t hidden) {
+  return loops::dot_rows(a, b, hidden);
+}
+
+}  // namespace loops
+
+// out = sum of weights[i] * rows[i], or of rows[i] where weights is null, starting from the first term.
+// `n` > 0; out may be one of rows.
+template <typename T>
+void sum_rows(T* out, const T* const* rows, const float* weights, int n, int64_t hidden) {
+  kHasAvx2 ? loops::sum_rows_avx2(out, rows, weights, n, hidden)
+           : loops::sum_rows(out, rows, weights, n, hidden);
+}
+
+template <typename T>
+void scale_row(T* out, const T* row, float weight, int64_t hidden) {
+  kHasAvx2 ? loops::scale_row_avx2(out, row, weight, hidden) : loops::scale_row(out, row, weight, hidden);
+}
+
+template <typename T>
+float dot_rows(const T* a, const T* b, int64_t hidden) {
+  return kHasAvx2 ? loops::dot_rows_avx2(a, b, hidden) : loops::dot_rows(a, b, hidden);
 }
 
 template <typename T>
