@@ -303,7 +303,8 @@ class Dispatch {
     int64_t kept = 0;
     auto* tokens = static_cast<std::byte*>(args_.tokens);
     const auto clear = [&](int64_t begin, int64_t end, bool rows) {
-      if (rows) std::memset(tokens + begin * shape_.row_bytes(), 0, (end - begin) * shape_.row_bytes());
+      if (rows && begin != end)
+        std::memset(tokens + begin * shape_.row_bytes(), 0, (end - begin) * shape_.row_bytes());
       std::fill(args_.row_weights + begin, args_.row_weights + end, 0.0F);
     };
     for (int32_t e = 0; e < shape_.experts_per_rank; ++e) {

@@ -1,5 +1,7 @@
 // What the sanitizers report about libfabric itself: memory that the provider "net" of 1.17 never frees, and
 // synchronisation in code that was not built for ThreadSanitizer.
+// Visible, as the sanitizers' libraries look these up in the program.
+#pragma GCC visibility push(default)
 extern "C" {
 const char* __lsan_default_suppressions();
 const char* __lsan_default_suppressions() { return "leak:libfabric"; }
@@ -13,3 +15,4 @@ const char* __tsan_default_suppressions() {
          "deadlock:libfabric.so\n";
 }
 }
+#pragma GCC visibility pop

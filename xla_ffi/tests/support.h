@@ -198,7 +198,7 @@ inline Route route_of(Outputs& out, int64_t rows) {
 // Every output starts as garbage: whatever a call leaves unwritten shows.
 inline Tensor garbage(DType dtype, int64_t count) {
   Tensor tensor(dtype, count);
-  std::memset(tensor.data(), 0x5a, tensor.bytes().size());
+  if (count != 0) std::memset(tensor.data(), 0x5a, tensor.bytes().size());
   return tensor;
 }
 
