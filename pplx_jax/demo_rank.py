@@ -173,8 +173,9 @@ def work(config: DemoConfig, rank: int, coordinator: str, *, dense: bool) -> Non
         out_shardings=placement,
         compiler_options={"xla_backend_optimization_level": 0},
     )()
+    warmup = max(1, config.steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, config.steps // 10), config.steps, 0.1 * config.learning_rate
+        0.0, config.learning_rate, warmup, max(warmup + 1, config.steps), 0.1 * config.learning_rate
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
     moments = optax.tree_map_params(
