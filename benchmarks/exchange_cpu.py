@@ -2,13 +2,14 @@
 
     python benchmarks/exchange_cpu.py [--tokens 128] [--hidden 1024] [--experts 32] [--top-k 4]
 
-Starts the processes itself; every contender runs in the same ones, interleaved step by step, with new routing
-each step. A step is one jitted dispatch + combine; the experts give back what they get, so that only the
-exchange is timed. Reported: median over steps
-of the slowest rank's time. Peers: ``all_to_all`` with every (token, expert) copied to a [R, E/R * capacity,
-H] buffer, capacity = 1.25 x the balanced load (it drops what exceeds it, and is given no dropping to pay
-for). Nobody quantises. The floor is the time one core needs to copy the wire bytes of one rank twice (into
-and out of the network), at the memcpy rate measured in the same run, all ranks sharing the machine's cores.
+Starts the processes itself; every contender runs in the same ones, in turns of ten steps, with new routing
+each step. A step is one jitted dispatch + combine, waited for; the experts give back what they get, so that
+only the exchange is timed. Reported: median over turns of the slowest rank's time a step. (Single steps would
+time how far apart the ranks start: with more processes than cores that is milliseconds.) The peer is
+``all_to_all`` with every (token, expert) copied to a [R, E/R * capacity, H] buffer, capacity = 1.25 x the
+balanced load; it drops what exceeds that, ours may not drop. Nobody quantises. The floor is the time that
+copying the wire bytes twice (into and out of the network) takes at the memcpy rate measured in the same run,
+all ranks sharing the machine's cores.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pplx_jax import ExpertParallel
 from pplx_jax.testing import run_processes
 
 CAPACITY = 1.25
+STEPS = 10  # a turn
 
 
 def routing(seed: int, tokens: int, experts: int, top_k: int) -> np.ndarray:
@@ -112,19 +114,20 @@ def rank(options: argparse.Namespace) -> dict[str, Any]:
     routings = [routing(seed, total, experts, top_k) for seed in range(8)]
     indices = [put(one) for one in routings]
     seconds: dict[str, list[float]] = {name: [] for name in jitted}
-    for step in range(options.warmup + options.steps):
+    for turn in range(1 + options.turns):
         for name, function in jitted.items():
-            # A collective lines the ranks up, so that a step's time has no skew of the step before.
-            jax.block_until_ready(jitted["all_to_all"](x, indices[0], weights))
+            # Lines the ranks up and, in the first turn, compiles.
+            jax.block_until_ready(function(x, indices[0], weights))
             began = time.perf_counter()
-            jax.block_until_ready(function(x, indices[step % len(indices)], weights))
-            if step >= options.warmup:
-                seconds[name].append(time.perf_counter() - began)
+            for step in range(STEPS):
+                jax.block_until_ready(function(x, indices[step % len(indices)], weights))
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / STEPS)
     sent = {}
     for name, ep in groups.items():
         ep.check()
         peers = ep.stats()["ranks"][0]["peers"]
-        sent[name] = sum(peer["sent_bytes"] for peer in peers) / (options.warmup + options.steps)
+        sent[name] = sum(peer["sent_bytes"] for peer in peers) / ((1 + options.turns) * (1 + STEPS))
         ep.close()
     row = hidden * np.dtype(options.dtype).itemsize
     capacity = int(np.ceil(CAPACITY * tokens * top_k / experts))
@@ -139,8 +142,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
     results = run_processes(rank, options.processes, args=(options,), timeout=600)
