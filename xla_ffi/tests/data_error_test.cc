@@ -207,6 +207,28 @@ TEST(Drop, ClipsEveryExpertToTheLargestCommonLength) {
   for (int rank = 0; rank < 2; ++rank) EXPECT_FALSE(cluster[rank].group.data_error());
 }
 
+// check() takes the error while its rank is halfway through sending.
+TEST(Raise, IsTheSameInEveryMessageOfAnExchange) {
+  const Problem problem{.ranks = 3};
+  Cluster cluster(problem);
+  cluster[0].group.report_data_error(Error(ErrorKind::kRouting, "old"), 0, 1);
+  cluster.each([&](int rank) {
+    const Site site{.name = "layer", .run = 2};
+    const Call call = make_call(cluster[rank], Kind::kCombine, 0, site);
+    Exchange exchange(call.group, call.site, 0, call.run);
+    for (const uint32_t peer : {1U, 2U, 0U}) {
+      if (peer == static_cast<uint32_t>(rank)) continue;
+      ASSERT_NE(exchange.message(peer, sizeof(RegionHeader)), nullptr);
+      exchange.post(0);
+      if (rank == 0) call.group.take_data_error();
+    }
+    ASSERT_NE(exchange.message(rank, sizeof(RegionHeader)), nullptr);
+    exchange.post(0);
+    ASSERT_TRUE(exchange.wait());
+    EXPECT_TRUE(exchange.raised()) << rank;
+  });
+}
+
 // All ranks return the error from one and the same exchange or none does, whenever check() takes it.
 TEST(Raise, IsAgreedWhileAnotherThreadTakesTheError) {
   const Problem problem{.ranks = 3, .experts = 6, .top_k = 2, .hidden = 8, .max_tokens = 12, .chunk = 1};
