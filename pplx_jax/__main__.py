@@ -26,7 +26,7 @@ app = typer.Typer(
 @app.command()
 def demo(
     processes: Annotated[int, typer.Option(min=1, max=64, help="Processes; each is a rank.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 240,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 180,
     out: Annotated[Path, typer.Option(help="Folder for the curves and the sample.")] = Path("demo_out"),
     fabric: Annotated[str, typer.Option(help="auto, tcp, shm, or another fabric.")] = "auto",
 ) -> None:

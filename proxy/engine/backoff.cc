@@ -40,7 +40,8 @@ void back_off(unsigned idle) {
   } else {
     unsigned naps = idle - kLimits.spins - kLimits.yields;
     timespec nap{0, std::min(200'000L, 20'000L + 2'000L * static_cast<long>(std::min(naps, 1000U)))};
-    // The default slack of 50 us would make this nap several times as long. The thread is not ours: put it back.
+    // The default slack of 50 us would make this nap several times as long. The thread is not ours: put it
+    // back.
     prctl(PR_SET_TIMERSLACK, 1000UL, 0, 0, 0);
     nanosleep(&nap, nullptr);
     prctl(PR_SET_TIMERSLACK, 0UL, 0, 0, 0);

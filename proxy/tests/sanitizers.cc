@@ -12,6 +12,7 @@ const char* __tsan_default_suppressions() {
          "race:libfabric.so\n"
          "mutex:libfabric.so\n"
          "mutex:_dl_call_fini\n"  // as libfabric is unloaded
+         "mutex:ld-linux\n"       // the same where the loader has no symbols
          "deadlock:libfabric.so\n";
 }
 }
