@@ -32,6 +32,20 @@ def coordinator_address() -> str | None:
     return distributed.global_state.coordinator_address
 
 
+def coordination_service(address: str, num_processes: int) -> object:
+    """A coordination service for ``num_processes``, listening on ``address`` as long as the result lives."""
+    service: object = distributed._jax.get_distributed_runtime_service(  # type: ignore[attr-defined]
+        address, num_processes
+    )
+    return service
+
+
+def use_external_coordination_service() -> None:
+    """Keeps ``jax.distributed.initialize`` of process 0 from starting a service of its own."""
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    distributed._jax.get_distributed_runtime_service = nothing  # type: ignore[attr-defined]
+
+
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """Mesh axes over which ``x`` may differ from shard to shard; empty outside ``shard_map``."""
     return frozenset(cast("Iterable[str]", jax.typeof(x).manual_axis_type.varying))

@@ -235,18 +235,16 @@ def _reply(call: Callable[[], Any]) -> tuple[str, Any]:
 
 # jax.distributed puts the coordination service into rank 0, and every process ends itself (SIGABRT) once the
 # service is gone. Tests that kill rank 0 want to see what the survivors do, so the service runs in a process
-# of its own. That takes two internals of JAX, used nowhere else.
+# of its own. (The JAX internals that this takes are in compat.py.)
 
 
 def _coordinator_main() -> None:
     """Run the coordination service until the parent is gone; the entry point of its process."""
-    import jax._src.lib as internals
+    from pplx_jax import compat
 
     address, num_processes, lifeline = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    service = internals._jax.get_distributed_runtime_service(  # type: ignore[attr-defined]
-        address, num_processes
-    )
-    assert service is not None
+    service = compat.coordination_service(address, num_processes)
+    assert service is not None  # and alive as long as this function runs
     _watch_lifeline(lifeline)
 
 
@@ -254,9 +252,10 @@ def _start(setup: _Setup) -> None:
     if setup.coordinator is None:
         return
     import jax
-    import jax._src.distributed as internals
 
-    internals._jax.get_distributed_runtime_service = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    from pplx_jax import compat
+
+    compat.use_external_coordination_service()
     jax.distributed.initialize(
         setup.coordinator,
         setup.num_processes,
