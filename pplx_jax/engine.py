@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,16 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     if not low <= number <= high:
         raise ValueError(f"{name}: must be in {low}..{high}, is {number}")
     return number
+
+
+def _core_number(cpu: int | str | None) -> int:
+    if cpu is None:
+        return -2
+    if isinstance(cpu, str):
+        if cpu != "auto":
+            raise ValueError(f"cpu: must be a core's number, 'auto' or None, is {cpu!r}")
+        return -1
+    return _integer("cpu", cpu, 0, 2**20)
 
 
 def _seconds(name: str, value: Any) -> float:
@@ -337,7 +347,8 @@ class TransferEngine:
         bind_address: IP address that the socket providers listen on; ``None`` for loopback only.
         timeout: seconds that any wait may take unless it says otherwise.
         sim: what ``"sim"`` does to traffic.
-        cpu: core to pin the worker thread to; ``None`` for any.
+        cpu: core to pin the worker thread to; ``"auto"`` for one that no other engine of this machine has,
+            where the process may use eight cores or more; ``None`` for any.
 
     Raises:
         FabricError: the fabric's library or provider is missing; the text says what to install.
@@ -353,7 +364,7 @@ class TransferEngine:
         bind_address: str | None = None,
         timeout: float = 30.0,
         sim: SimOptions | None = None,
-        cpu: int | None = None,
+        cpu: int | Literal["auto"] | None = "auto",
     ) -> None:
         _typed("fabric", fabric, str, "a string")
         if not fabric:
@@ -369,7 +380,7 @@ class TransferEngine:
             fabric=fabric,
             endpoints=_integer("endpoints", endpoints, 1, 64),
             bind_address=bind_address or "",
-            cpu=-1 if cpu is None else _integer("cpu", cpu, 0, 2**20),
+            cpu=_core_number(cpu),
             timeout=_seconds("timeout", timeout),
             sim=dataclasses.asdict(sim or SimOptions()),
         )
@@ -597,7 +608,10 @@ class TransferEngine:
     # -- the rest
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the engine was made: writes, bytes, messages, immediates, errors, polls."""
+        """Return counts since the engine was made: writes, bytes, messages, immediates, errors, polls.
+
+        ``worker_core`` is the core that the worker thread is pinned to, -1 if it is not.
+        """
         return self._core.stats()
 
     def close(self) -> None:

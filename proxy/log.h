@@ -1,25 +1,25 @@
-// The proxy's logger: to stderr, at the level that PPLX_LOG_LEVEL names (default warn).
+// The proxy's log: to stderr, at the level that PPLX_LOG_LEVEL names (default warn).
+//
+// spdlog stays behind log.cc: its headers take seconds to compile wherever they are included.
 #pragma once
 
-#include <spdlog/sinks/stdout_sinks.h>
-#include <spdlog/spdlog.h>
-
-#include <cstdlib>
-#include <memory>
+#include <sstream>
+#include <string>
 
 namespace pplx {
 
-inline spdlog::logger& log() {
-  // Leaked: threads may log while static objects are destroyed.
-  static auto* logger = [] {
-    auto* made = new spdlog::logger("pplx", std::make_shared<spdlog::sinks::stderr_sink_mt>());
-    const char* level = std::getenv("PPLX_LOG_LEVEL");
-    made->set_level(level != nullptr ? spdlog::level::from_str(level) : spdlog::level::warn);
-    made->set_pattern("[%H:%M:%S.%f %P %^%l%$] %v");
-    made->flush_on(spdlog::level::warn);
-    return made;
-  }();
-  return *logger;
+enum class LogLevel { kDebug, kInfo, kWarn, kError };
+
+bool log_enabled(LogLevel level) noexcept;
+void write_log(LogLevel level, const std::string& text) noexcept;
+
+// The parts one after the other, formatted only if the level is on.
+template <typename... Parts>
+void log(LogLevel level, const Parts&... parts) {
+  if (!log_enabled(level)) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  write_log(level, text.str());
 }
 
 }  // namespace pplx

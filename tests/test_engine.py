@@ -524,6 +524,7 @@ def test_two_processes(processes, fabric):
         (TypeError, "sim: must be SimOptions or None, is dict", {"sim": {}}),
         (ValueError, "sim: has a meaning for fabric='sim' only", {"sim": SimOptions()}),
         (ValueError, r"cpu: must be in 0", {"cpu": -2}),
+        (ValueError, r"cpu: must be a core's number, 'auto' or None", {"cpu": "all"}),
     ],
 )
 def test_bad_engine_arguments(error, match, arguments):

@@ -536,6 +536,7 @@ class PyEngine {
     result["errors"] = stats.errors;
     result["polls"] = stats.polls;
     result["backpressure"] = stats.backpressure;
+    result["worker_core"] = stats.worker_core;
     return result;
   }
 
@@ -574,7 +575,7 @@ EngineConfig make_config(std::string fabric, int endpoints, std::string bind_add
   config.fabric = std::move(fabric);
   config.endpoints = endpoints;
   config.bind_address = std::move(bind_address);
-  config.cpu = cpu;
+  config.cpu = cpu;  // -1: one of its own, -2: any
   config.timeout = to_duration(timeout);
   config.sim.seed = nb::cast<uint64_t>(sim["seed"]);
   config.sim.network = nb::cast<std::string>(sim["network"]);

@@ -5,6 +5,8 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include <algorithm>
+
 #include "proxy/log.h"
 
 namespace pplx {
@@ -33,8 +35,13 @@ EngineCore::EngineCore(const EngineConfig& config)
 EngineCore::~EngineCore() { close(); }
 
 void EngineCore::start() {
+  if (config_.cpu == EngineConfig::kOwnCore) {
+    if ((core_claim_ = CoreClaim::take())) worker_core_ = core_claim_->core();
+  } else {
+    worker_core_ = config_.cpu;
+  }
   worker_ = std::thread([this] { run_worker(); });
-  log().info("engine {} on {}", fabric_->address().label(), fabric_name_);
+  log(LogLevel::kInfo, "engine ", fabric_->address().label(), " on ", fabric_name_);
 }
 
 void EngineCore::require_open() const {
@@ -89,13 +96,8 @@ size_t EngineCore::poll_locked() {
 void EngineCore::run_worker() {
   pthread_setname_np(pthread_self(), "pplx-engine");
   prctl(PR_SET_TIMERSLACK, 1000UL, 0, 0, 0);  // naps of 50 us would otherwise last 100
-  if (config_.cpu >= 0) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(config_.cpu, &set);
-    if (pthread_setaffinity_np(pthread_self(), sizeof set, &set) != 0) {
-      log().warn("the worker could not be pinned to core {}", config_.cpu);
-    }
+  if (int core = worker_core_; core >= 0 && !pin_to_core(core)) {
+    log(LogLevel::kWarn, "the worker could not be pinned to core ", core);
   }
   constexpr long kShortNap = 50'000, kLongNap = 1'000'000, kStandBack = 500'000;
   long nap = kShortNap;
@@ -173,8 +175,11 @@ uint32_t EngineCore::connect(const Bytes& address) {
 
 EngineStats EngineCore::stats() const {
   const auto& c = counters_;
-  return {c.writes, c.write_bytes, c.sends,       c.receives, c.immediates, c.unknown_immediates,
-          c.errors, c.polls,       c.backpressure};
+  return {c.writes,       c.write_bytes,
+          c.sends,        c.receives,
+          c.immediates,   c.unknown_immediates,
+          c.errors,       c.polls,
+          c.backpressure, std::max(worker_core_, -1)};
 }
 
 void EngineCore::close() {

@@ -16,6 +16,7 @@
 
 #include "proxy/bytes.h"
 #include "proxy/engine/backoff.h"
+#include "proxy/engine/cores.h"
 #include "proxy/engine/engine.h"
 #include "proxy/engine/imm_table.h"
 #include "proxy/engine/op.h"
@@ -194,6 +195,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   const Deadline started_ = Clock::now();
 
   CallbackThread callbacks_;
+  std::optional<CoreClaim> core_claim_;
+  int worker_core_ = EngineConfig::kAnyCore;  // set before the worker starts
   std::thread worker_;
 };
 

@@ -45,7 +45,9 @@ struct EngineConfig {
   std::string fabric = "local";
   int endpoints = 1;         // endpoints a peer; > 1 sprays writes, so that immediates arrive out of order
   std::string bind_address;  // IP address the socket providers listen on; empty: loopback only
-  int cpu = -1;              // core to pin the worker to; -1: any
+  static constexpr int kOwnCore = -1;           // one of its own where there are cores for it: see cores.h
+  static constexpr int kAnyCore = -2;           // not pinned
+  int cpu = kOwnCore;                           // core to pin the worker to
   Duration timeout = std::chrono::seconds(30);  // default of every wait below
   SimConfig sim;
 };
@@ -159,6 +161,7 @@ struct EngineStats {
   uint64_t immediates = 0;          // arrived and counted
   uint64_t unknown_immediates = 0;  // arrived for a reserved value nobody watches; dropped
   uint64_t errors = 0, polls = 0, backpressure = 0;
+  int worker_core = -1;  // that the worker is pinned to; -1: none
 };
 
 // A set of peers with a common barrier. Every member creates it with the same addresses in the same order

@@ -75,9 +75,9 @@ void CallbackThread::run(std::shared_ptr<State> state) {
     try {
       callback(error ? &*error : nullptr);
     } catch (const std::exception& e) {
-      log().error("a completion callback threw: {}", e.what());
+      log(LogLevel::kError, "a completion callback threw: ", e.what());
     } catch (...) {
-      log().error("a completion callback threw something that is no std::exception");
+      log(LogLevel::kError, "a completion callback threw something that is no std::exception");
     }
     callback = nullptr;  // what it captured may be anything; not under the lock
     lock.lock();

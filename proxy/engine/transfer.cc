@@ -265,7 +265,8 @@ void EngineCore::abandon(Peer& peer, Op* op, const Error& error) {
 void EngineCore::fail_peer(Peer& peer, const Error& error) {
   if (!peer.failed) {
     peer.failed = error;
-    if (error.kind() != ErrorKind::kClosed) log().warn("peer {} failed: {}", peer.label, error.what());
+    if (error.kind() != ErrorKind::kClosed)
+      log(LogLevel::kWarn, "peer ", peer.label, " failed: ", error.what());
   }
   while (Op* op = peer.posted.front()) abandon(peer, op, explain(*op, error));
   while (!peer.pending.empty()) {
@@ -302,7 +303,7 @@ void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
 
 void EngineCore::on_error(const Error& error) {
   bump(counters_.errors);
-  log().warn("{}: {}", fabric_name_, error.what());
+  log(LogLevel::kWarn, fabric_name_, ": ", error.what());
 }
 
 }  // namespace pplx

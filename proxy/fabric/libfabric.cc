@@ -39,7 +39,7 @@ using Info = std::unique_ptr<fi_info, InfoDeleter>;
 template <typename Fid>
 void close_fid(Fid*& fid) {
   if (fid == nullptr) return;
-  if (int rc = fi_close(&fid->fid); rc != 0) log().warn("libfabric: fi_close returned {}", rc);
+  if (int rc = fi_close(&fid->fid); rc != 0) log(LogLevel::kWarn, "libfabric: fi_close returned ", rc);
   fid = nullptr;
 }
 
@@ -442,7 +442,7 @@ class LibfabricFabric final : public Fabric {
   void post_receive(FabricOp& op) {
     auto* buffer = const_cast<std::byte*>(op.source);
     ssize_t rc = fi_recv(open_.endpoints[0], buffer, kMessageBytes, op.local, FI_ADDR_UNSPEC, &op);
-    if (rc != 0) log().error("libfabric {}: posting a receive: {}", provider_, error_text(rc));
+    if (rc != 0) log(LogLevel::kError, "libfabric ", provider_, ": posting a receive: ", error_text(rc));
   }
 
   size_t report_error(FabricEvents& events) {

@@ -85,7 +85,7 @@ const Libfabric& load_libfabric() {
   std::string tried;
   for (const auto& path : candidates()) {
     if ((g_library = try_open(path, tried))) {
-      log().info("libfabric {}.{} from {}", g_library->major(), g_library->minor(), path);
+      log(LogLevel::kInfo, "libfabric ", g_library->major(), ".", g_library->minor(), " from ", path);
       return *g_library;
     }
   }

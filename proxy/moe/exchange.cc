@@ -189,8 +189,8 @@ bool Exchange::wait() {
   bool done = group_.engine_->wait_until(arrived, std::min(deadline(), started_ + kWarnAfter));
   if (!done && Clock::now() < deadline()) {
     ++group_.slow_waits_;
-    log().warn("{}: waiting for {} for {} s", describe(), group_.rank_name(missing.front()),
-               kWarnAfter.count());
+    log(LogLevel::kWarn, describe(), ": waiting for ", group_.rank_name(missing.front()), " for ",
+        kWarnAfter.count(), " s");
     done = group_.engine_->wait_until(arrived, deadline());
   }
   if (!done) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <random>
+#include <utility>
 
 #include "proxy/bytes.h"
 #include "proxy/log.h"
@@ -161,7 +162,7 @@ bool ExchangeGroup::record_failure(const Error& error) {
     failure_run_ = current_run_.load();
     failed_ = true;
   }
-  log().error("group '{}' rank {}: {}", config_.name, config_.rank, error.what());
+  log(LogLevel::kError, "group '", config_.name, "' rank ", config_.rank, ": ", error.what());
   return true;
 }
 
@@ -186,7 +187,7 @@ void ExchangeGroup::report_data_error(const Error& error, uint32_t culprit, int6
   data_error_ = error;
   data_error_culprit_ = culprit;
   data_error_run_ = run;
-  log().warn("group '{}' rank {}: {}", config_.name, config_.rank, error.what());
+  log(LogLevel::kWarn, "group '", config_.name, "' rank ", config_.rank, ": ", error.what());
 }
 
 std::optional<Error> ExchangeGroup::data_error() const {
@@ -237,7 +238,7 @@ void ExchangeGroup::broadcast(const AbortNotice& notice, NoticeSlot slot) {
           control_.get());
       ++control_posted_;
     } catch (const Error& error) {
-      log().debug("group '{}': no notice to {}: {}", config_.name, rank_name(rank), error.what());
+      log(LogLevel::kDebug, "group '", config_.name, "': no notice to ", rank_name(rank), ": ", error.what());
     }
   }
 }
@@ -278,7 +279,8 @@ void ExchangeGroup::beat() {
           control_.get());
       ++control_posted_;
     } catch (const Error& error) {
-      log().debug("group '{}': no heartbeat to {}: {}", config_.name, rank_name(rank), error.what());
+      log(LogLevel::kDebug, "group '", config_.name, "': no heartbeat to ", rank_name(rank), ": ",
+          error.what());
     }
   }
 }
