@@ -203,6 +203,7 @@ class ExpertParallel:
         *,
         scales: Any = None,
         num_tokens: Any = None,
+        expert_map: Any = None,
         after: Any = None,
         name: str = "",
     ) -> tuple[Batch, Route]:
@@ -216,6 +217,9 @@ class ExpertParallel:
           weights: float32 [T, K]: router weights. Differentiable: they travel with the tokens.
           scales: for quantised tokens; not supported yet.
           num_tokens: int32 scalar: tokens at and past it are not sent; their results are zero.
+          expert_map: int32 [R, slots] or [R * slots], in place of the group's own: the expert that each
+            rank's slot hosts, -1 for none. A runtime array, so that experts move without recompiling; an
+            expert that is routed to and placed nowhere is a data error. Its shape is the group's.
           after: arrays, routes or batches whose exchanges come before this one, on every rank. The backward
             pass runs them in reverse. Needed only between exchanges that no data orders.
           name: of this call, for errors, and to tell calls of equal shape apart.
@@ -245,8 +249,19 @@ class ExpertParallel:
         count = jnp.asarray(tokens if num_tokens is None else num_tokens)
         if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
             raise TypeError(f"num_tokens must be an integer scalar, got {_describe(count)}")
+        table = jnp.asarray(self.expert_map if expert_map is None else expert_map)
+        if table.size != self.expert_map.size or table.shape not in (
+            (table.size,),
+            (self.num_ranks, self.experts_per_rank),
+        ):
+            raise ValueError(
+                f"expert_map must be [{self.num_ranks}, {self.experts_per_rank}] or flat, like the group's "
+                f"own, got {_describe(table)}"
+            )
+        if not jnp.issubdtype(table.dtype, jnp.integer):
+            raise TypeError(f"expert_map must hold integers, got {_describe(table)}")
         call = self._call(tokens, name)
-        operands = (x, weights, indices, count.astype(jnp.int32), jnp.asarray(self.expert_map))
+        operands = (x, weights, indices, count.astype(jnp.int32), table.reshape(-1).astype(jnp.int32))
         *cast, before = self._varying((*operands, _order_operands(after)))
         if tokens == 0:
             return self._empty(call, cast)
