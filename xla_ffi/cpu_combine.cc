@@ -1,15 +1,10 @@
-// combine and the transposes: one reduced row back for every slot, or one cotangent row out to every slot.
+// What goes home: combine and the transpose of dispatch. One reduced row for every slot.
 #include <cstring>
 
 #include "xla_ffi/cpu_common.h"
 
 namespace pplx::moe {
 namespace {
-
-template <typename T>
-const T* rows_at(const std::byte* base, int64_t index, int64_t stride) {
-  return reinterpret_cast<const T*>(base + index * stride);
-}
 
 // Checks the length of every source's message against the slots that home has open with it.
 bool check_home_lengths(const MoeShape& shape, Exchange& exchange, const HomeSlots& slots, int64_t stride) {
@@ -24,315 +19,229 @@ bool check_home_lengths(const MoeShape& shape, Exchange& exchange, const HomeSlo
   return true;
 }
 
-// A home-bound exchange (combine, dispatch transpose). `reduce(received, slot, out)` writes the expert side's
-// row of a slot; `gather(exchange, slots)` reads what came home; `poison()` makes every output NaN.
-template <typename Reduce, typename Gather, typename Poison>
-std::optional<Error> exchange_home(const Call& call, const Route& route, int64_t stride, Reduce&& reduce,
-                                   Gather&& gather, Poison&& poison) {
-  if (auto error = refusal(call)) return error;
-  const MoeShape& shape = call.shape;
-  const ReceivedSlots received(call, route);
-  const bool usable = received.usable();
-  for (int32_t round = 0; round < call.rounds(); ++round) {
-    Exchange exchange(call.group, call.site, round, call.run);
-    for_each_peer(shape, [&](uint32_t peer) {
-      const int32_t count = usable ? received.count(round, peer) : 0;
-      std::byte* out = exchange.message(peer, sizeof(RegionHeader) + count * stride);
+// T: the rows' type; W: what they travel home in.
+template <typename T, typename W>
+class HomeSender {
+ public:
+  // `rows` [M, H]; each slot's are summed, times `weights` [M] unless those are null. `returned` [M], or
+  // null: one number of each row that goes along.
+  HomeSender(const Call& call, const Route& route, const void* rows, const float* weights,
+             const float* returned, int64_t stride)
+      : call_(call),
+        shape_(call.shape),
+        route_(route),
+        rows_(static_cast<const T*>(rows)),
+        weights_(weights),
+        returns_(returns),
+        returned_(returned),
+        stride_(stride) {}
+
+  bool prepare() {
+    received_.emplace(call_, route_);
+    return received_->usable();
+  }
+
+  void send(Exchange& exchange, int32_t round) {
+    const bool usable = received_->usable();
+    for_each_peer(shape_, [&](uint32_t peer) {
+      const int32_t count = usable ? received_->count(round, peer) : 0;
+      std::byte* out = exchange.message(peer, sizeof(RegionHeader) + count * stride_);
       if (out == nullptr) return;
       out += sizeof(RegionHeader);
-      const int64_t first = usable ? received.first(round, peer) : 0;
-      for (int32_t slot = 0; slot < count; ++slot, out += stride) reduce(received, first + slot, out);
+      const int64_t first = usable ? received_->first(round, peer) : 0;
+      for (int32_t slot = 0; slot < count; ++slot, out += stride_) reduce(first + slot, out);
       exchange.post(static_cast<uint32_t>(count), !usable);
     });
-    const HomeSlots slots(shape, route.home, usable ? call.tokens() : 0, round);
-    if (!exchange.wait() || (usable && !check_home_lengths(shape, exchange, slots, stride))) {
-      poison();
-      return refusal(call);
-    }
-    if (auto error = exchange.raised()) return error;
-    for (int32_t source = 0; source < shape.num_ranks; ++source) {
-      if (exchange.poisoned(source)) note_poison(call, exchange, source);
-    }
-    if (usable) gather(exchange, slots);
-  }
-  if (!usable) poison();
-  return std::nullopt;
-}
-
-template <typename T>
-class Combine {
- public:
-  Combine(const Call& call, const CombineArgs& args) : call_(call), shape_(call.shape), args_(args) {}
-
-  std::optional<Error> run() {
-    return exchange_home(
-        call_, args_.route, shape_.row_stride(),
-        [&](const ReceivedSlots& received, int64_t slot, std::byte* out) {
-          reduce(received, slot, reinterpret_cast<T*>(out));
-        },
-        [&](Exchange& exchange, const HomeSlots& slots) { gather(exchange, slots); },
-        [&] { fill_nan(static_cast<T*>(args_.out), int64_t{call_.tokens()} * shape_.hidden); });
   }
 
  private:
-  void reduce(const ReceivedSlots& received, int64_t slot, T* out) const {
+  void reduce(int64_t slot, std::byte* out) const {
     std::array<const T*, kMaxTopK> rows;
-    std::array<float, kMaxTopK> weights;
-    int count = 0;
-    const auto [begin, end] = received.pairs(slot);
-    for (int32_t pair = begin; pair < end; ++pair) {
-      const int32_t row = received.row(pair);
-      if (row < 0) continue;
-      rows[count] = static_cast<const T*>(args_.y) + int64_t{row} * shape_.hidden;
-      weights[count++] = args_.row_weights == nullptr ? 1.0F : args_.row_weights[row];
+    std::array<float, kMaxTopK> weights, returned{};
+    int count = 0, entry = 0;
+    const auto [begin, end] = received_->pairs(slot);
+    for (int32_t pair = begin; pair < end; ++pair, ++entry) {
+      const int32_t row = received_->row(pair);
+      if (row < 0) continue;  // dropped: no term, no gradient
+      if (returns_) returned[entry] = returned_[row];
+      if (weights_ != nullptr) weights[count] = weights_[row];
+      rows[count++] = rows_ + int64_t{row} * shape_.hidden;
     }
     if (count == 0) {
-      std::memset(static_cast<void*>(out), 0, shape_.row_bytes());
+      std::memset(out, 0, shape_.home_stride());
     } else {
-      sum_rows(out, rows.data(), args_.row_weights == nullptr ? nullptr : weights.data(), count,
-               shape_.hidden);
+      sum_rows(reinterpret_cast<W*>(out), static_cast<const W*>(nullptr), rows.data(),
+               weights_ == nullptr ? nullptr : weights.data(), count, shape_.hidden);
     }
+    if (returns_) std::memcpy(out + shape_.home_stride(), returned.data(), 4 * shape_.entries());
   }
 
-  void gather(Exchange& exchange, const HomeSlots& slots) const {
-    const int64_t hidden = shape_.hidden;
+  const Call& call_;
+  const MoeShape& shape_;
+  const Route& route_;
+  const T* rows_;
+  const float* weights_;
+  bool returns_;
+  const float* returned_;
+  int64_t stride_;
+  std::optional<ReceivedSlots> received_;
+};
+
+template <typename T, typename W>
+class HomeReceiver {
+ public:
+  // out [T, H]; `start` [T, H] is added, or null. `returned` [T, K], or null: the numbers that came along.
+  HomeReceiver(const Call& call, const int32_t* home, const void* start, void* out, float* returned,
+               int64_t stride)
+      : call_(call),
+        shape_(call.shape),
+        home_(home),
+        start_(static_cast<const T*>(start)),
+        out_(static_cast<T*>(out)),
+        returned_(returned),
+        stride_(stride) {}
+
+  bool prepare(bool poisoned) {
+    usable_ = !poisoned;
+    if (usable_ && !sound_home(call_, home_)) {
+      usable_ = false;
+      report_foreign_route(call_);
+    }
+    return usable_;
+  }
+
+  bool receive(Exchange& exchange, int32_t round) {
+    const HomeSlots slots(shape_, home_, usable_ ? call_.tokens() : 0, round);
+    if (usable_ && !check_home_lengths(shape_, exchange, slots, stride_)) return false;
+    for (int32_t source = 0; source < shape_.num_ranks; ++source) {
+      if (exchange.poisoned(source)) note_poison(call_, exchange, source);
+    }
+    if (!usable_) return true;
     slots.for_each_token([&](int32_t token, const int32_t* ranks, const int32_t* slot, int count) {
-      T* out = static_cast<T*>(args_.out) + token * hidden;
-      if (args_.route.home[int64_t{token} * shape_.top_k] == kPastEnd) {
-        std::memset(static_cast<void*>(out), 0, shape_.row_bytes());
+      gather(exchange, token, ranks, slot, count);
+    });
+    return true;
+  }
+
+  void finish() const {}
+
+  void poison() const {
+    fill_nan(out_, int64_t{call_.tokens()} * shape_.hidden);
+    if (returned_ != nullptr) fill_nan(returned_, int64_t{call_.tokens()} * shape_.top_k);
+  }
+
+ private:
+  void gather(Exchange& exchange, int32_t token, const int32_t* ranks, const int32_t* slot, int count) const {
+    T* out = out_ + int64_t{token} * shape_.hidden;
+    const int32_t* home = home_ + int64_t{token} * shape_.top_k;
+    float* returned = returned_ == nullptr ? nullptr : returned_ + int64_t{token} * shape_.top_k;
+    if (returned != nullptr) std::fill_n(returned, shape_.top_k, 0.0F);
+    const T* start =
+        start_ == nullptr || home[0] == kPastEnd ? nullptr : start_ + int64_t{token} * shape_.hidden;
+    std::array<const W*, kMaxTopK> rows;
+    for (int i = 0; i < count; ++i) {
+      if (exchange.poisoned(ranks[i])) {
+        fill_nan(out, shape_.hidden);
+        if (returned != nullptr) fill_nan(returned, shape_.top_k);
         return;
       }
-      std::array<const T*, kMaxTopK + 1> rows;
-      int terms = 0;
-      if (args_.accumulate != nullptr)
-        rows[terms++] = static_cast<const T*>(args_.accumulate) + token * hidden;
-      for (int i = 0; i < count; ++i) {
-        if (exchange.poisoned(ranks[i])) {
-          fill_nan(out, hidden);
-          return;
-        }
-        rows[terms++] = rows_at<T>(exchange.body(ranks[i]), slot[i], shape_.row_stride());
+      const std::byte* row = exchange.body(ranks[i]) + slot[i] * stride_;
+      rows[i] = reinterpret_cast<const W*>(row);
+      if (returned == nullptr) continue;
+      const auto* numbers = reinterpret_cast<const float*>(row + shape_.home_stride());
+      // Bounded, as a route that is not dispatch's may list an expert more than once.
+      for (int32_t k = 0, entry = 0; k < shape_.top_k && entry < shape_.entries(); ++k) {
+        if (home[k] >= 0 && home[k] / shape_.experts_per_rank == ranks[i]) returned[k] = numbers[entry++];
       }
-      if (terms == 0) {
-        std::memset(static_cast<void*>(out), 0, shape_.row_bytes());
-      } else {
-        sum_rows(out, rows.data(), nullptr, terms, hidden);
-      }
-    });
-  }
-
-  const Call& call_;
-  const MoeShape& shape_;
-  const CombineArgs& args_;
-};
-
-template <typename T>
-class DispatchTranspose {
- public:
-  DispatchTranspose(const Call& call, const DispatchTransposeArgs& args)
-      : call_(call), shape_(call.shape), args_(args) {}
-
-  std::optional<Error> run() {
-    return exchange_home(
-        call_, args_.route, shape_.dispatch_transpose_stride(),
-        [&](const ReceivedSlots& received, int64_t slot, std::byte* out) { reduce(received, slot, out); },
-        [&](Exchange& exchange, const HomeSlots& slots) { gather(exchange, slots); },
-        [&] {
-          fill_nan(static_cast<T*>(args_.d_x), int64_t{call_.tokens()} * shape_.hidden);
-          fill_nan(args_.d_weights, int64_t{call_.tokens()} * shape_.top_k);
-        });
-  }
-
- private:
-  void reduce(const ReceivedSlots& received, int64_t slot, std::byte* out) const {
-    std::array<const T*, kMaxTopK> rows;
-    std::array<float, kMaxTopK> weights{};
-    int count = 0, entry = 0;
-    const auto [begin, end] = received.pairs(slot);
-    for (int32_t pair = begin; pair < end; ++pair, ++entry) {
-      const int32_t row = received.row(pair);
-      if (row < 0) continue;  // dropped: no gradient
-      rows[count++] = static_cast<const T*>(args_.d_tokens) + int64_t{row} * shape_.hidden;
-      weights[entry] = args_.d_row_weights[row];
     }
-    if (count == 0) {
-      std::memset(out, 0, shape_.row_bytes());
+    if (count == 0 && start == nullptr) {
+      std::memset(static_cast<void*>(out), 0, shape_.row_bytes());
     } else {
-      sum_rows(reinterpret_cast<T*>(out), rows.data(), nullptr, count, shape_.hidden);
-    }
-    std::memcpy(out + shape_.row_stride(), weights.data(), 4 * shape_.entries());
-  }
-
-  void gather(Exchange& exchange, const HomeSlots& slots) const {
-    const int64_t hidden = shape_.hidden, stride = shape_.dispatch_transpose_stride();
-    slots.for_each_token([&](int32_t token, const int32_t* ranks, const int32_t* slot, int count) {
-      T* d_x = static_cast<T*>(args_.d_x) + token * hidden;
-      float* d_weights = args_.d_weights + int64_t{token} * shape_.top_k;
-      const int32_t* home = args_.route.home + int64_t{token} * shape_.top_k;
-      std::fill_n(d_weights, shape_.top_k, 0.0F);
-      std::array<const T*, kMaxTopK> rows;
-      for (int i = 0; i < count; ++i) {
-        if (exchange.poisoned(ranks[i])) {
-          fill_nan(d_x, hidden);
-          fill_nan(d_weights, shape_.top_k);
-          return;
-        }
-        rows[i] = rows_at<T>(exchange.body(ranks[i]), slot[i], stride);
-        const auto* returned =
-            reinterpret_cast<const float*>(exchange.body(ranks[i]) + slot[i] * stride + shape_.row_stride());
-        // Bounded, as a route that is not dispatch's may list an expert more than once.
-        for (int32_t k = 0, entry = 0; k < shape_.top_k && entry < shape_.entries(); ++k) {
-          if (home[k] >= 0 && home[k] / shape_.experts_per_rank == ranks[i]) d_weights[k] = returned[entry++];
-        }
-      }
-      if (count == 0) {
-        std::memset(static_cast<void*>(d_x), 0, shape_.row_bytes());
-      } else {
-        sum_rows(d_x, rows.data(), nullptr, count, hidden);
-      }
-    });
-  }
-
-  const Call& call_;
-  const MoeShape& shape_;
-  const DispatchTransposeArgs& args_;
-};
-
-template <typename T>
-class CombineTranspose {
- public:
-  CombineTranspose(const Call& call, const CombineTransposeArgs& args)
-      : call_(call), shape_(call.shape), args_(args) {}
-
-  std::optional<Error> run() {
-    if (auto error = refusal(call_)) return error;
-    const ReceivedSlots received(call_, args_.route);
-    const bool usable = received.usable();
-    if (usable) clear();
-    for (int32_t round = 0; round < call_.rounds(); ++round) {
-      Exchange exchange(call_.group, call_.site, round, call_.run);
-      send(exchange, HomeSlots(shape_, args_.route.home, usable ? call_.tokens() : 0, round), !usable);
-      if (!exchange.wait() || (usable && !receive(exchange, received, round))) {
-        poison();
-        return refusal(call_);
-      }
-      if (auto error = exchange.raised()) return error;
-    }
-    if (!usable) poison();
-    return std::nullopt;
-  }
-
- private:
-  void poison() const {
-    fill_nan(static_cast<T*>(args_.d_y), args_.route.rows * shape_.hidden);
-    fill_nan(args_.d_row_weights, args_.route.rows);
-  }
-
-  // Rows that no slot will write: padding between experts, and the tail.
-  void clear() const {
-    std::fill_n(args_.d_row_weights, args_.route.rows, 0.0F);
-    const bool padded = shape_.alignment > 1 || shape_.drop;
-    int64_t end = 0;
-    for (int32_t e = 0; e < shape_.experts_per_rank; ++e) end += args_.group_sizes[e];
-    end = std::clamp<int64_t>(end, 0, args_.route.rows);
-    auto* rows = static_cast<std::byte*>(args_.d_y);
-    const int64_t begin = padded ? 0 : end;
-    const int64_t stop = shape_.zero_tail ? args_.route.rows : end;
-    if (stop > begin) std::memset(rows + begin * shape_.row_bytes(), 0, (stop - begin) * shape_.row_bytes());
-  }
-
-  void send(Exchange& exchange, const HomeSlots& slots, bool poisoned) const {
-    const int64_t stride = shape_.row_stride();
-    for_each_peer(shape_, [&](uint32_t peer) {
-      const auto& tokens = slots.tokens_to(peer);
-      std::byte* out = exchange.message(peer, sizeof(RegionHeader) + tokens.size() * stride);
-      if (out == nullptr) return;
-      out += sizeof(RegionHeader);
-      for (const int32_t token : tokens) {
-        std::memcpy(out, static_cast<const std::byte*>(args_.d_out) + token * shape_.row_bytes(),
-                    shape_.row_bytes());
-        out += stride;
-      }
-      exchange.post(static_cast<uint32_t>(tokens.size()), poisoned);
-    });
-  }
-
-  bool receive(Exchange& exchange, const ReceivedSlots& received, int32_t round) const {
-    for (int32_t source = 0; source < shape_.num_ranks; ++source) {
-      if (exchange.poisoned(source)) {
-        note_poison(call_, exchange, source);
-        poison_source(received, round, source);
-      } else if (!receive_from(exchange, received, round, source)) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  bool receive_from(Exchange& exchange, const ReceivedSlots& received, int32_t round, uint32_t source) const {
-    const int64_t hidden = shape_.hidden, stride = shape_.row_stride();
-    const int32_t count = received.count(round, source);
-    if (exchange.header(source).slots != static_cast<uint32_t>(count) ||
-        exchange.body_bytes(source) != static_cast<size_t>(count * stride)) {
-      exchange.reject(source, "it sends " + std::to_string(exchange.header(source).slots) +
-                                  " cotangent rows, expected are " + std::to_string(count));
-      return false;
-    }
-    for (int32_t slot = 0; slot < count; ++slot) {
-      const T* d_out = rows_at<T>(exchange.body(source), slot, stride);
-      const auto [begin, end] = received.pairs(received.first(round, source) + slot);
-      for (int32_t pair = begin; pair < end; ++pair) {
-        const int32_t row = received.row(pair);
-        if (row < 0) continue;
-        T* d_y = static_cast<T*>(args_.d_y) + int64_t{row} * hidden;
-        if (args_.y == nullptr) {
-          std::memcpy(static_cast<void*>(d_y), d_out, shape_.row_bytes());
-        } else {
-          scale_row(d_y, d_out, args_.row_weights[row], hidden);
-          args_.d_row_weights[row] =
-              dot_rows(static_cast<const T*>(args_.y) + int64_t{row} * hidden, d_out, hidden);
-        }
-      }
-    }
-    return true;
-  }
-
-  void poison_source(const ReceivedSlots& received, int32_t round, uint32_t source) const {
-    const int64_t first = received.first(round, source);
-    for (int64_t slot = first; slot < first + received.count(round, source); ++slot) {
-      const auto [begin, end] = received.pairs(slot);
-      for (int32_t pair = begin; pair < end; ++pair) {
-        const int32_t row = received.row(pair);
-        if (row < 0) continue;
-        fill_nan(static_cast<T*>(args_.d_y) + int64_t{row} * shape_.hidden, shape_.hidden);
-        fill_nan(args_.d_row_weights + row, 1);
-      }
+      sum_rows(out, start, rows.data(), nullptr, count, shape_.hidden);
     }
   }
 
   const Call& call_;
   const MoeShape& shape_;
-  const CombineTransposeArgs& args_;
+  const int32_t* home_;
+  const T* start_;
+  T* out_;
+  float* returned_;
+  int64_t stride_;
+  bool usable_ = true;
 };
 
-template <template <typename> class Operation, typename Args>
-std::optional<Error> run(const Call& call, const Args& args) {
-  return with_dtype(call.shape.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return Operation<T>(call, args).run();
+// visit(T*, W*), both null: the rows' type and what they travel home in.
+template <typename Visit>
+auto with_dtypes(const MoeShape& shape, Visit&& visit) {
+  return with_dtype(shape.dtype, [&](auto* type) {
+    return shape.home_dtype == shape.dtype ? visit(type, type) : visit(type, static_cast<float*>(nullptr));
   });
+}
+
+template <typename T, typename W>
+HomeSender<T, W> sender(const Call& call, const CombineSend& args, T*, W*) {
+  return {call, args.route, args.y, args.row_weights, false, nullptr, call.shape.home_stride()};
+}
+template <typename T, typename W>
+HomeSender<T, W> sender(const Call& call, const DispatchTransposeSend& args, T*, W*) {
+  return {call,
+          args.route,
+          args.d_tokens,
+          nullptr,
+          true,
+          args.d_row_weights,
+          call.shape.dispatch_transpose_stride()};
+}
+template <typename T, typename W>
+HomeReceiver<T, W> receiver(const Call& call, const CombineRecv& args, T*, W*) {
+  return {call, args.home, args.accumulate, args.out, nullptr, call.shape.home_stride()};
+}
+template <typename T, typename W>
+HomeReceiver<T, W> receiver(const Call& call, const DispatchTransposeRecv& args, T*, W*) {
+  return {call, args.home, nullptr, args.d_x, args.d_weights, call.shape.dispatch_transpose_stride()};
+}
+
+template <typename Send, typename Recv>
+std::optional<Error> both(const Call& call, const Send& send, const Recv& recv) {
+  return with_dtypes(call.shape, [&](auto* t, auto* w) {
+    return run_both(call, sender(call, send, t, w), receiver(call, recv, t, w));
+  });
+}
+template <typename Send>
+std::optional<Error> only_send(const Call& call, const Send& send, Ticket& ticket) {
+  return with_dtypes(call.shape,
+                     [&](auto* t, auto* w) { return run_send(call, sender(call, send, t, w), ticket); });
+}
+template <typename Recv>
+std::optional<Error> only_recv(const Call& call, const Recv& recv, Ticket ticket) {
+  return with_dtypes(call.shape,
+                     [&](auto* t, auto* w) { return run_recv(call, receiver(call, recv, t, w), ticket); });
 }
 
 }  // namespace
 
-std::optional<Error> combine(const Call& call, const CombineArgs& args) { return run<Combine>(call, args); }
-
-std::optional<Error> dispatch_transpose(const Call& call, const DispatchTransposeArgs& args) {
-  return run<DispatchTranspose>(call, args);
+std::optional<Error> combine(const Call& call, const CombineSend& send, const CombineRecv& recv) {
+  return both(call, send, recv);
+}
+std::optional<Error> combine_send(const Call& call, const CombineSend& send, Ticket& ticket) {
+  return only_send(call, send, ticket);
+}
+std::optional<Error> combine_recv(const Call& call, const CombineRecv& recv, Ticket ticket) {
+  return only_recv(call, recv, ticket);
 }
 
-std::optional<Error> combine_transpose(const Call& call, const CombineTransposeArgs& args) {
-  return run<CombineTranspose>(call, args);
+std::optional<Error> dispatch_transpose(const Call& call, const DispatchTransposeSend& send,
+                                        const DispatchTransposeRecv& recv) {
+  return both(call, send, recv);
+}
+std::optional<Error> dispatch_transpose_send(const Call& call, const DispatchTransposeSend& send,
+                                             Ticket& ticket) {
+  return only_send(call, send, ticket);
+}
+std::optional<Error> dispatch_transpose_recv(const Call& call, const DispatchTransposeRecv& recv,
+                                             Ticket ticket) {
+  return only_recv(call, recv, ticket);
 }
 
 }  // namespace pplx::moe

@@ -13,13 +13,13 @@ std::optional<Error> refusal(const Call& call) {
   return std::nullopt;
 }
 
-ReceivedSlots::ReceivedSlots(const Call& call, const Route& route) : shape_(call.shape), route_(route) {
-  if (*route.ok != 1) {
-    sound_ = false;
-    return;
-  }
-  sound_ = check(call);
-  if (sound_) return;
+bool sound_home(const Call& call, const int32_t* home) {
+  return std::all_of(home, home + int64_t{call.tokens()} * call.shape.top_k, [&](int32_t expert) {
+    return expert >= kPastEnd && expert < call.shape.physical_experts();
+  });
+}
+
+void report_foreign_route(const Call& call) {
   call.group.report_data_error(
       Error(ErrorKind::kRouting, "group '" + call.group.config().name + "', '" + std::string(call.site.name) +
                                      "': the route's arrays are not those that dispatch returned for T=" +
@@ -27,14 +27,19 @@ ReceivedSlots::ReceivedSlots(const Call& call, const Route& route) : shape_(call
       call.group.config().rank, call.run);
 }
 
+ReceivedSlots::ReceivedSlots(const Call& call, const Route& route) : shape_(call.shape), route_(route) {
+  if (*route.ok != 1) {
+    sound_ = false;
+    return;
+  }
+  sound_ = check(call);
+  if (!sound_) report_foreign_route(call);
+}
+
 bool ReceivedSlots::check(const Call& call) {
   const int64_t messages = int64_t{call.rounds()} * shape_.num_ranks;
   const int64_t most_slots = int64_t{shape_.num_ranks} * call.tokens();
-  const int64_t choices = int64_t{call.tokens()} * shape_.top_k;
-  const auto foreign = [&](int32_t expert) {
-    return expert < kPastEnd || expert >= shape_.physical_experts();
-  };
-  if (std::any_of(route_.home, route_.home + choices, foreign)) return false;
+  if (!sound_home(call, route_.home)) return false;
   int64_t slots = 0;
   for (int64_t i = 0; i < messages; ++i) {
     first_.push_back(slots);

@@ -20,6 +20,8 @@ auto with_dtype(DType dtype, Visit&& visit) {
   switch (dtype) {
     case DType::kBFloat16:
       return visit(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return visit(static_cast<Float16*>(nullptr));
     case DType::kFloat32:
       break;
   }
@@ -74,6 +76,11 @@ void for_each_peer(const MoeShape& shape, Visit&& visit) {
   }
 }
 
+// Whether a route's `home`, which comes back from the caller's program, indexes nothing out of bounds.
+bool sound_home(const Call& call, const int32_t* home);
+// Reports that it does not.
+void report_foreign_route(const Call& call);
+
 // Why the group cannot be used by this call, if so: closed, or failed in an earlier execution.
 std::optional<Error> refusal(const Call& call);
 
@@ -108,5 +115,63 @@ class ReceivedSlots {
 
 // Records that `source` sent poisoned data, once a call.
 void note_poison(const Call& call, const Exchange& exchange, uint32_t source);
+
+// The halves of an exchange as the classes below see them. A Sender has `bool prepare()`, false when its data
+// is wrong, and `void send(Exchange&, round)`. A Receiver has `bool prepare(poisoned)`, false when its
+// outputs will be poisoned, `bool receive(Exchange&, round)`, false when a peer broke the protocol,
+// `void finish()` and `void poison()`.
+
+template <typename Receiver>
+std::optional<Error> end(const Call& call, Receiver& receiver, Exchange& exchange, int32_t round,
+                         bool& sound) {
+  sound = exchange.wait() && receiver.receive(exchange, round);
+  if (sound) return exchange.raised();
+  receiver.poison();
+  return refusal(call);
+}
+
+template <typename Sender, typename Receiver>
+std::optional<Error> run_both(const Call& call, Sender sender, Receiver receiver) {
+  if (auto error = refusal(call)) return error;
+  const bool usable = sender.prepare();
+  bool sound = receiver.prepare(!usable);
+  for (int32_t round = 0; round < call.rounds(); ++round) {
+    Exchange exchange(call.group, call.site, round, call.run);
+    sender.send(exchange, round);
+    bool going = false;
+    if (auto error = end(call, receiver, exchange, round, going); error || !going) return error;
+  }
+  sound ? receiver.finish() : receiver.poison();
+  return std::nullopt;
+}
+
+template <typename Sender>
+std::optional<Error> run_send(const Call& call, Sender sender, Ticket& ticket) {
+  ticket = 0;
+  if (auto error = refusal(call)) return error;
+  if (call.rounds() != 1) {
+    return Error(ErrorKind::kInvalidArgument, "send and recv apart need chunk >= tokens");
+  }
+  const bool usable = sender.prepare();
+  Exchange exchange(call.group, call.site, 0, call.run);
+  sender.send(exchange, 0);
+  ticket = exchange.park(!usable);
+  return std::nullopt;
+}
+
+template <typename Receiver>
+std::optional<Error> run_recv(const Call& call, Receiver receiver, Ticket ticket) {
+  if (auto error = refusal(call)) return error;
+  if (call.group.failure()) {
+    receiver.poison();
+    return std::nullopt;
+  }
+  bool poisoned = false, going = false;
+  Exchange exchange(call.group, call.site, ticket, call.run, &poisoned);
+  const bool sound = receiver.prepare(poisoned);
+  if (auto error = end(call, receiver, exchange, 0, going); error || !going) return error;
+  sound ? receiver.finish() : receiver.poison();
+  return std::nullopt;
+}
 
 }  // namespace pplx::moe

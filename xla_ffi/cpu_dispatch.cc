@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "xla_ffi/cpu_common.h"
+#include "xla_ffi/quantize.h"
 
 namespace pplx::moe {
 namespace {
@@ -32,8 +33,7 @@ class ExpertTable {
 };
 
 // Fills `home`; returns what is wrong with the indices, if anything.
-std::optional<std::string> find_homes(const MoeShape& shape, const DispatchArgs& args, int32_t tokens,
-                                      int32_t* home) {
+std::optional<std::string> find_homes(const MoeShape& shape, const DispatchSend& args, int32_t tokens) {
   const ExpertTable table(shape, args.expert_map);
   const int32_t num_tokens = args.num_tokens;
   if (num_tokens < 0 || num_tokens > tokens) {
@@ -42,7 +42,7 @@ std::optional<std::string> find_homes(const MoeShape& shape, const DispatchArgs&
   const int32_t top_k = shape.top_k;
   for (int32_t t = 0; t < tokens; ++t) {
     const int32_t* ids = args.indices + int64_t{t} * top_k;
-    int32_t* out = home + int64_t{t} * top_k;
+    int32_t* out = args.home + int64_t{t} * top_k;
     if (t >= num_tokens) {
       std::fill(out, out + top_k, kPastEnd);
       continue;
@@ -86,84 +86,54 @@ struct Placement {
         sizes[e] += counts[int64_t{s} * experts + e];
       }
     }
-    clip = largest_clip(sizes.data(), experts, shape.alignment, rows,
-                        *std::max_element(sizes.begin(), sizes.end()));
+    const int64_t room = rows / experts;  // of each expert in the padded layout
+    clip = shape.padded ? room
+                        : largest_clip(sizes.data(), experts, shape.alignment, rows,
+                                       *std::max_element(sizes.begin(), sizes.end()));
     for (int32_t e = 0; e < experts; ++e) {
       base[e] = end;
-      end += round_up(kept(e), shape.alignment);
+      end += shape.padded ? room : round_up(kept(e), shape.alignment);
       dropped += sizes[e] - kept(e);
     }
   }
   int64_t kept(int32_t expert) const { return std::min(sizes[expert], clip); }
 };
 
-void poison(const MoeShape& shape, const DispatchArgs& args, int32_t tokens) {
-  with_dtype(shape.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    fill_nan(static_cast<T*>(args.tokens), args.route.rows * shape.hidden);
-  });
-  fill_nan(args.row_weights, args.route.rows);
-  std::fill_n(args.group_sizes, shape.experts_per_rank, 0);
-  *args.num_rows = *args.num_dropped = *args.route.ok = 0;
-  const int64_t slots = int64_t{shape.num_ranks} * tokens;
-  std::fill_n(args.route.home, int64_t{tokens} * shape.top_k, kNotRouted);
-  std::fill_n(args.route.source_slots, int64_t{shape.rounds(tokens)} * shape.num_ranks, 0);
-  std::fill_n(args.route.slot_start, slots + 1, 0);
-  std::fill_n(args.route.slot_rows, slots * shape.entries(), -1);
+void report(const Call& call, const std::string& what) {
+  call.group.report_data_error(
+      Error(ErrorKind::kRouting, "group '" + call.group.config().name + "', dispatch '" +
+                                     std::string(call.site.name) + "': " + what),
+      call.shape.rank, call.run);
 }
 
-class Dispatch {
+class DispatchSender {
  public:
-  Dispatch(const Call& call, const DispatchArgs& args)
+  DispatchSender(const Call& call, const DispatchSend& args)
       : call_(call),
         shape_(call.shape),
         args_(args),
         ordinals_(int64_t{call.tokens()} * shape_.top_k),
         counts_(shape_.physical_experts(), 0) {}
 
-  std::optional<Error> run() {
-    if (auto error = refusal(call_)) return error;
-    if (const auto wrong = find_homes(shape_, args_, call_.tokens(), args_.route.home)) {
-      data_error("rank " + std::to_string(shape_.rank) + ": " + *wrong);
-      std::fill_n(args_.route.home, int64_t{call_.tokens()} * shape_.top_k, kNotRouted);
+  bool prepare() {
+    const int64_t choices = int64_t{call_.tokens()} * shape_.top_k;
+    if (const auto wrong = find_homes(shape_, args_, call_.tokens())) {
+      report(call_, "rank " + std::to_string(shape_.rank) + ": " + *wrong);
+      std::fill_n(args_.home, choices, kNotRouted);
+      sound_ = false;
     }
-    for (int32_t t = 0; t < call_.tokens(); ++t) {
-      for (int32_t k = 0; k < shape_.top_k; ++k) {
-        const int64_t at = int64_t{t} * shape_.top_k + k;
-        if (args_.route.home[at] >= 0) ordinals_[at] = counts_[args_.route.home[at]]++;
-      }
+    for (int64_t at = 0; at < choices; ++at) {
+      if (args_.home[at] >= 0) ordinals_[at] = counts_[args_.home[at]]++;
     }
-    for (int32_t round = 0; round < call_.rounds(); ++round) {
-      Exchange exchange(call_.group, call_.site, round, call_.run);
-      send(exchange, HomeSlots(shape_, args_.route.home, call_.tokens(), round), round);
-      const bool sound = exchange.wait() && receive(exchange, round);
-      if (!sound) {
-        poison(shape_, args_, call_.tokens());
-        return refusal(call_);
-      }
-      if (auto error = exchange.raised()) return error;
-    }
-    if (!wrong_.empty()) {
-      poison(shape_, args_, call_.tokens());
-    } else {
-      finish();
-    }
-    return std::nullopt;
+    return sound_;
   }
 
- private:
-  void data_error(const std::string& what) {
-    wrong_ = what;
-    call_.group.report_data_error(
-        Error(ErrorKind::kRouting, "group '" + call_.group.config().name + "', dispatch '" +
-                                       std::string(call_.site.name) + "': " + what),
-        shape_.rank, call_.run);
-  }
-
-  void send(Exchange& exchange, const HomeSlots& slots, int32_t round) {
+  void send(Exchange& exchange, int32_t round) {
+    const HomeSlots slots(shape_, args_.home, call_.tokens(), round);
     const int64_t header_bytes = sizeof(RegionHeader);
     const int64_t counts_bytes = round == 0 ? shape_.counts_bytes() : 0;
     const int64_t stride = shape_.dispatch_stride();
+    quantize(round);
     for_each_peer(shape_, [&](uint32_t peer) {
       const auto& tokens = slots.tokens_to(peer);
       std::byte* out = exchange.message(peer, header_bytes + counts_bytes + tokens.size() * stride);
@@ -179,15 +149,42 @@ class Dispatch {
         pack(out, token, static_cast<int32_t>(peer));
         out += stride;
       }
-      exchange.post(static_cast<uint32_t>(tokens.size()), !wrong_.empty());
+      exchange.post(static_cast<uint32_t>(tokens.size()), !sound_);
     });
+  }
+
+ private:
+  // The round's tokens, once each although several ranks may get them.
+  void quantize(int32_t round) {
+    rows_ = static_cast<const std::byte*>(args_.x);
+    scales_ = static_cast<const std::byte*>(args_.scales);
+    first_ = 0;
+    if (shape_.quant == Quant::kNone || args_.scales != nullptr) return;
+    first_ = round * shape_.chunk;
+    const int32_t count = std::min(call_.tokens() - first_, shape_.chunk);
+    quantized_.resize(count * (shape_.token_bytes() + shape_.scale_bytes()));
+    std::byte* rows = quantized_.data();
+    std::byte* scales = rows + count * shape_.token_bytes();
+    with_dtype(shape_.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      for (int32_t i = 0; i < count; ++i) {
+        const int32_t* home = args_.home + int64_t{first_ + i} * shape_.top_k;
+        if (std::all_of(home, home + shape_.top_k, [](int32_t expert) { return expert < 0; })) continue;
+        quantize_row(reinterpret_cast<uint8_t*>(rows + i * shape_.token_bytes()),
+                     scales + i * shape_.scale_bytes(),
+                     static_cast<const T*>(args_.x) + int64_t{first_ + i} * shape_.hidden, shape_.hidden,
+                     shape_.quant);
+      }
+    });
+    rows_ = rows;
+    scales_ = scales;
   }
 
   void pack(std::byte* out, int32_t token, int32_t peer) {
     SlotHeader header{.token = static_cast<uint32_t>(token), .entries = 0};
     const int64_t at = int64_t{token} * shape_.top_k;
     for (int32_t k = 0; k < shape_.top_k; ++k) {
-      const int32_t expert = args_.route.home[at + k];
+      const int32_t expert = args_.home[at + k];
       if (expert < 0 || expert / shape_.experts_per_rank != peer) continue;
       const SlotEntry entry{.weight = args_.weights[at + k],
                             .ordinal = ordinals_[at + k],
@@ -197,8 +194,33 @@ class Dispatch {
       std::memcpy(out + sizeof(header) + header.entries++ * sizeof(entry), &entry, sizeof(entry));
     }
     std::memcpy(out, &header, sizeof(header));
-    std::memcpy(out + shape_.slot_header_bytes(),
-                static_cast<const std::byte*>(args_.x) + token * shape_.row_bytes(), shape_.row_bytes());
+    out += shape_.slot_header_bytes();
+    std::memcpy(out, rows_ + (token - first_) * shape_.token_bytes(), shape_.token_bytes());
+    if (shape_.scale_bytes() == 0) return;
+    std::memcpy(out + shape_.token_stride(), scales_ + (token - first_) * shape_.scale_bytes(),
+                shape_.scale_bytes());
+  }
+
+  const Call& call_;
+  const MoeShape& shape_;
+  const DispatchSend& args_;
+  std::vector<uint32_t> ordinals_;  // [T, K] among this rank's tokens for the expert
+  std::vector<uint32_t> counts_;    // [physical experts] of this rank's tokens
+  bool sound_ = true;
+  std::vector<std::byte> quantized_;
+  const std::byte* rows_ = nullptr;  // as they travel, from token first_ on
+  const std::byte* scales_ = nullptr;
+  int32_t first_ = 0;
+};
+
+class DispatchReceiver {
+ public:
+  DispatchReceiver(const Call& call, const DispatchRecv& args)
+      : call_(call), shape_(call.shape), args_(args) {}
+
+  bool prepare(bool poisoned) {
+    sound_ = !poisoned;
+    return sound_;
   }
 
   bool receive(Exchange& exchange, int32_t round) {
@@ -210,6 +232,54 @@ class Dispatch {
     return round + 1 < call_.rounds() || complete(exchange);
   }
 
+  void finish() {
+    if (!sound_) {
+      poison();
+      return;
+    }
+    const int64_t slots = int64_t{shape_.num_ranks} * call_.tokens();
+    std::fill(args_.route.slot_start + slot_, args_.route.slot_start + slots + 1, pair_);
+    std::fill(args_.route.slot_rows + pair_, args_.route.slot_rows + slots * shape_.entries(), -1);
+    int64_t kept = 0;
+    const auto end_of = [&](int32_t e) {
+      return e + 1 < shape_.experts_per_rank ? placement_->base[e + 1] : placement_->end;
+    };
+    for (int32_t e = 0; e < shape_.experts_per_rank; ++e) {
+      const int64_t rows = placement_->kept(e);
+      args_.group_sizes[e] = static_cast<int32_t>(shape_.padded ? rows : round_up(rows, shape_.alignment));
+      kept += rows;
+      clear(placement_->base[e] + rows, end_of(e), shape_.zero_tail || !shape_.padded);
+    }
+    clear(placement_->end, args_.route.rows, shape_.zero_tail);
+    *args_.num_rows = static_cast<int32_t>(kept);
+    *args_.num_dropped = static_cast<int32_t>(placement_->dropped);
+    *args_.route.ok = 1;
+  }
+
+  void poison() {
+    const int64_t rows = args_.route.rows, slots = int64_t{shape_.num_ranks} * call_.tokens();
+    if (shape_.quant == Quant::kNone) {
+      with_dtype(shape_.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        fill_nan(static_cast<T*>(args_.tokens), rows * shape_.hidden);
+      });
+    } else {
+      std::memset(args_.tokens, kNanE4m3, rows * shape_.token_bytes());
+      if (shape_.quant == Quant::kFp8) {
+        fill_nan(static_cast<float*>(args_.scales), rows * shape_.scales());
+      } else {
+        std::memset(args_.scales, kNanE8m0, rows * shape_.scale_bytes());
+      }
+    }
+    fill_nan(args_.row_weights, rows);
+    std::fill_n(args_.group_sizes, shape_.experts_per_rank, 0);
+    *args_.num_rows = *args_.num_dropped = *args_.route.ok = 0;
+    std::fill_n(args_.route.source_slots, int64_t{call_.rounds()} * shape_.num_ranks, 0);
+    std::fill_n(args_.route.slot_start, slots + 1, 0);
+    std::fill_n(args_.route.slot_rows, slots * shape_.entries(), -1);
+  }
+
+ private:
   // Rows that were announced but never came would be left as they are.
   bool complete(Exchange& exchange) {
     const int32_t experts = shape_.experts_per_rank;
@@ -239,14 +309,25 @@ class Dispatch {
       }
     }
     placement_.emplace(shape_, received_, args_.route.rows);
-    if (placement_->dropped != 0 && !shape_.drop && wrong_.empty()) {
-      int64_t needed = 0;
-      for (const int64_t size : placement_->sizes) needed += round_up(size, shape_.alignment);
-      data_error("rank " + std::to_string(shape_.rank) + " receives " + std::to_string(needed) +
-                 " rows, rows=" + std::to_string(args_.route.rows) +
-                 ": raise rows=, or drop what exceeds it with on_overflow=\"drop\"");
+    if (placement_->dropped != 0 && !shape_.drop && sound_) {
+      sound_ = false;
+      report(call_, "rank " + std::to_string(shape_.rank) + overflow());
     }
     return true;
+  }
+
+  std::string overflow() const {
+    int64_t needed = 0, most = 0;
+    for (const int64_t size : placement_->sizes) {
+      needed += round_up(size, shape_.alignment);
+      most = std::max(most, size);
+    }
+    const std::string limit =
+        shape_.padded
+            ? " receives " + std::to_string(most) + " rows for one expert, room is for " +
+                  std::to_string(placement_->clip)
+            : " receives " + std::to_string(needed) + " rows, rows=" + std::to_string(args_.route.rows);
+    return limit + ": raise rows=, or drop what exceeds it with on_overflow=\"drop\"";
   }
 
   bool unpack(Exchange& exchange, int32_t source, int32_t round) {
@@ -291,52 +372,50 @@ class Dispatch {
         entry.ordinal;
     if (position >= placement_->kept(entry.local_expert)) return -1;
     const int64_t at = placement_->base[entry.local_expert] + position;
-    std::memcpy(static_cast<std::byte*>(args_.tokens) + at * shape_.row_bytes(), row, shape_.row_bytes());
+    const int64_t row_bytes = shape_.token_bytes(), scale_bytes = shape_.scale_bytes();
+    std::memcpy(static_cast<std::byte*>(args_.tokens) + at * row_bytes, row, row_bytes);
+    if (scale_bytes != 0) {
+      std::memcpy(static_cast<std::byte*>(args_.scales) + at * scale_bytes, row + shape_.token_stride(),
+                  scale_bytes);
+    }
     args_.row_weights[at] = entry.weight;
     return static_cast<int32_t>(at);
   }
 
-  void finish() {
-    const int64_t slots = int64_t{shape_.num_ranks} * call_.tokens();
-    std::fill(args_.route.slot_start + slot_, args_.route.slot_start + slots + 1, pair_);
-    std::fill(args_.route.slot_rows + pair_, args_.route.slot_rows + slots * shape_.entries(), -1);
-    int64_t kept = 0;
-    auto* tokens = static_cast<std::byte*>(args_.tokens);
-    const auto clear = [&](int64_t begin, int64_t end, bool rows) {
-      if (rows && begin != end)
-        std::memset(tokens + begin * shape_.row_bytes(), 0, (end - begin) * shape_.row_bytes());
-      std::fill(args_.row_weights + begin, args_.row_weights + end, 0.0F);
+  void clear(int64_t begin, int64_t end, bool rows) {
+    if (begin == end) return;
+    const auto zero = [&](void* array, int64_t bytes) {
+      if (bytes != 0) std::memset(static_cast<std::byte*>(array) + begin * bytes, 0, (end - begin) * bytes);
     };
-    for (int32_t e = 0; e < shape_.experts_per_rank; ++e) {
-      const int64_t rows = placement_->kept(e);
-      const int64_t padded = round_up(rows, shape_.alignment);
-      args_.group_sizes[e] = static_cast<int32_t>(padded);
-      kept += rows;
-      clear(placement_->base[e] + rows, placement_->base[e] + padded, true);
-    }
-    clear(placement_->end, args_.route.rows, shape_.zero_tail);
-    *args_.num_rows = static_cast<int32_t>(kept);
-    *args_.num_dropped = static_cast<int32_t>(placement_->dropped);
-    *args_.route.ok = 1;
+    zero(args_.row_weights, sizeof(float));
+    if (!rows) return;
+    zero(args_.tokens, shape_.token_bytes());
+    zero(args_.scales, shape_.scale_bytes());
   }
 
   const Call& call_;
   const MoeShape& shape_;
-  const DispatchArgs& args_;
-  std::vector<uint32_t> ordinals_;  // [T, K] among this rank's tokens for the expert
-  std::vector<uint32_t> counts_;    // [physical experts] of this rank's tokens
+  const DispatchRecv& args_;
   std::vector<uint32_t> received_;  // [source][expert]
   std::vector<int64_t> pairs_;      // [source] unpacked so far
   std::optional<Placement> placement_;
-  std::string wrong_;  // this rank's data error
+  bool sound_ = true;  // this rank's data
   int64_t slot_ = 0;
   int32_t pair_ = 0;
 };
 
 }  // namespace
 
-std::optional<Error> dispatch(const Call& call, const DispatchArgs& args) {
-  return Dispatch(call, args).run();
+std::optional<Error> dispatch(const Call& call, const DispatchSend& send, const DispatchRecv& recv) {
+  return run_both(call, DispatchSender(call, send), DispatchReceiver(call, recv));
+}
+
+std::optional<Error> dispatch_send(const Call& call, const DispatchSend& send, Ticket& ticket) {
+  return run_send(call, DispatchSender(call, send), ticket);
+}
+
+std::optional<Error> dispatch_recv(const Call& call, const DispatchRecv& recv, Ticket ticket) {
+  return run_recv(call, DispatchReceiver(call, recv), ticket);
 }
 
 }  // namespace pplx::moe

@@ -31,30 +31,46 @@ struct Route {
   int64_t rows;           // M
 };
 
-struct DispatchArgs {
-  const void* x;           // [T, H]
+// Each exchange has a sending half, which never waits for peers, and a receiving half.
+
+struct DispatchSend {
+  const void* x;           // [T, H], quantised already where scales is given
+  const void* scales;      // [T, scales()], or null
   const int32_t* indices;  // [T, K]
   const float* weights;    // [T, K]
   int32_t num_tokens;
   const int32_t* expert_map;  // [R * experts_per_rank] logical expert on each physical one, -1: none
-  void* tokens;               // out [M, H]
-  float* row_weights;         // out [M]
-  int32_t* group_sizes;       // out [experts_per_rank]
-  int32_t* num_rows;          // out []
-  int32_t* num_dropped;       // out []
-  Route route;                // out
+  int32_t* home;              // out, of the route
 };
 
-struct CombineArgs {
+struct DispatchRecv {
+  void* tokens;          // out [M, H]
+  void* scales;          // out [M, scales()]
+  float* row_weights;    // out [M]
+  int32_t* group_sizes;  // out [experts_per_rank]
+  int32_t* num_rows;     // out []
+  int32_t* num_dropped;  // out []
+  Route route;           // out, but for home
+};
+
+struct CombineSend {
   const void* y;             // [M, H]
   const float* row_weights;  // [M], or null: unweighted
-  const void* accumulate;    // [T, H], or null
   Route route;
-  void* out;  // out [T, H]
 };
 
-struct CombineTransposeArgs {
-  const void* d_out;         // [T, H]
+struct CombineRecv {
+  const int32_t* home;
+  const void* accumulate;  // [T, H], or null
+  void* out;               // out [T, H]
+};
+
+struct CombineTransposeSend {
+  const void* d_out;  // [T, H]
+  Route route;
+};
+
+struct CombineTransposeRecv {
   const void* y;             // [M, H], null when unweighted
   const float* row_weights;  // [M], null when unweighted
   Route route;
@@ -63,20 +79,44 @@ struct CombineTransposeArgs {
   float* d_row_weights;        // out [M]
 };
 
-struct DispatchTransposeArgs {
+struct DispatchTransposeSend {
   const void* d_tokens;        // [M, H]
   const float* d_row_weights;  // [M]
   Route route;
+};
+
+struct DispatchTransposeRecv {
+  const int32_t* home;
   void* d_x;         // out [T, H]
   float* d_weights;  // out [T, K]
 };
 
+// What a send hands to its recv; never 0.
+using Ticket = uint64_t;
+
 // Each takes part in its exchanges and writes every output. On failure outputs are poisoned (NaN, counts
-// and ok 0) and nothing is thrown; an error to hand to XLA is returned: one that happened in an earlier
-// execution, or invalid arguments.
-std::optional<Error> dispatch(const Call& call, const DispatchArgs& args);
-std::optional<Error> combine(const Call& call, const CombineArgs& args);
-std::optional<Error> combine_transpose(const Call& call, const CombineTransposeArgs& args);
-std::optional<Error> dispatch_transpose(const Call& call, const DispatchTransposeArgs& args);
+// and ok 0) and nothing is thrown but for a ticket that is not under way; an error to hand to XLA is
+// returned: one that happened in an earlier execution, or invalid arguments. Halves go in one round.
+std::optional<Error> dispatch(const Call& call, const DispatchSend& send, const DispatchRecv& recv);
+std::optional<Error> dispatch_send(const Call& call, const DispatchSend& send, Ticket& ticket);
+std::optional<Error> dispatch_recv(const Call& call, const DispatchRecv& recv, Ticket ticket);
+
+std::optional<Error> combine(const Call& call, const CombineSend& send, const CombineRecv& recv);
+std::optional<Error> combine_send(const Call& call, const CombineSend& send, Ticket& ticket);
+std::optional<Error> combine_recv(const Call& call, const CombineRecv& recv, Ticket ticket);
+
+std::optional<Error> combine_transpose(const Call& call, const CombineTransposeSend& send,
+                                       const CombineTransposeRecv& recv);
+std::optional<Error> combine_transpose_send(const Call& call, const CombineTransposeSend& send,
+                                            Ticket& ticket);
+std::optional<Error> combine_transpose_recv(const Call& call, const CombineTransposeRecv& recv,
+                                            Ticket ticket);
+
+std::optional<Error> dispatch_transpose(const Call& call, const DispatchTransposeSend& send,
+                                        const DispatchTransposeRecv& recv);
+std::optional<Error> dispatch_transpose_send(const Call& call, const DispatchTransposeSend& send,
+                                             Ticket& ticket);
+std::optional<Error> dispatch_transpose_recv(const Call& call, const DispatchTransposeRecv& recv,
+                                             Ticket ticket);
 
 }  // namespace pplx::moe

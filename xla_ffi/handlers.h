@@ -7,5 +7,6 @@
 namespace pplx::moe {
 
 std::map<std::string, void*> cpu_handlers();
+std::map<std::string, void*> cpu_half_handlers();  // those of send and recv apart; among the above
 
 }  // namespace pplx::moe

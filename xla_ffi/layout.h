@@ -15,7 +15,15 @@ namespace pplx::moe {
 
 inline constexpr int kMaxTopK = 16;
 
-enum class DType : uint8_t { kFloat32 = 0, kBFloat16 = 1 };
+enum class DType : uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// How dispatched tokens are quantised: float8 e4m3 with a scale for every kScaleBlock values of a row.
+enum class Quant : uint8_t {
+  kNone = 0,
+  kFp8 = 1,       // float32 scales
+  kFp8Ue8m0 = 2,  // scales are powers of two, an exponent byte each
+};
+inline constexpr int kScaleBlock = 128;
 
 PPLX_HD constexpr size_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -40,6 +48,9 @@ struct MoeShape {
   int32_t chunk = 1;      // tokens of one round
   int32_t alignment = 1;  // of an expert's first row
   DType dtype = DType::kFloat32;
+  DType home_dtype = DType::kFloat32;  // of rows on their way home: dtype, or float32
+  Quant quant = Quant::kNone;
+  bool padded = false;  // every expert has rows / experts_per_rank rows of its own
   bool zero_tail = true;
   bool drop = false;  // on overflow: drop and count; otherwise a data error
 
@@ -49,15 +60,34 @@ struct MoeShape {
   PPLX_HD int32_t rounds(int32_t tokens) const { return tokens <= chunk ? 1 : (tokens + chunk - 1) / chunk; }
   PPLX_HD int64_t row_bytes() const { return hidden * static_cast<int64_t>(item_size(dtype)); }
 
+  // Of a dispatched row and its scales, on the wire and in the output.
+  PPLX_HD int64_t token_bytes() const { return quant == Quant::kNone ? row_bytes() : hidden; }
+  PPLX_HD int64_t scales() const {
+    return quant == Quant::kNone ? 0 : (hidden + kScaleBlock - 1) / kScaleBlock;
+  }
+  PPLX_HD int64_t scale_bytes() const { return scales() * (quant == Quant::kFp8Ue8m0 ? 1 : 4); }
+  // Tells formats apart in a message's header.
+  PPLX_HD uint8_t format() const {
+    return static_cast<uint8_t>(static_cast<int>(dtype) | static_cast<int>(home_dtype) << 2 |
+                                static_cast<int>(quant) << 4 | (padded ? 1 : 0) << 6);
+  }
+
   // Bytes of a message's parts, all multiples of 16.
   PPLX_HD int64_t counts_bytes() const { return round_up(4 * experts_per_rank, 64); }
   PPLX_HD int64_t slot_header_bytes() const { return round_up(8 + 12 * entries(), 16); }
   PPLX_HD int64_t row_stride() const { return round_up(row_bytes(), 16); }
-  PPLX_HD int64_t dispatch_stride() const { return slot_header_bytes() + row_stride(); }
-  PPLX_HD int64_t dispatch_transpose_stride() const { return row_stride() + round_up(4 * entries(), 16); }
+  PPLX_HD int64_t home_stride() const {
+    return round_up(hidden * static_cast<int64_t>(item_size(home_dtype)), 16);
+  }
+  PPLX_HD int64_t token_stride() const { return round_up(token_bytes(), 16); }
+  PPLX_HD int64_t dispatch_stride() const {
+    return slot_header_bytes() + token_stride() + round_up(scale_bytes(), 16);
+  }
+  PPLX_HD int64_t dispatch_transpose_stride() const { return home_stride() + round_up(4 * entries(), 16); }
   PPLX_HD int64_t longest_body() const {
-    const int64_t stride =
-        dispatch_stride() > dispatch_transpose_stride() ? dispatch_stride() : dispatch_transpose_stride();
+    int64_t stride = dispatch_stride();
+    if (dispatch_transpose_stride() > stride) stride = dispatch_transpose_stride();
+    if (row_stride() > stride) stride = row_stride();
     return counts_bytes() + chunk * stride;
   }
 };

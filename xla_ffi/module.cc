@@ -127,7 +127,14 @@ class MemberHandle {
 };
 
 void bind_shape(nb::module_& m) {
-  nb::enum_<DType>(m, "DType").value("float32", DType::kFloat32).value("bfloat16", DType::kBFloat16);
+  nb::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16);
+  nb::enum_<moe::Quant>(m, "Quant")
+      .value("none", moe::Quant::kNone)
+      .value("fp8", moe::Quant::kFp8)
+      .value("fp8_ue8m0", moe::Quant::kFp8Ue8m0);
   nb::class_<MoeShape>(m, "MoeShape")
       .def(nb::init<>())
       .def_rw("rank", &MoeShape::rank)
@@ -140,9 +147,13 @@ void bind_shape(nb::module_& m) {
       .def_rw("chunk", &MoeShape::chunk)
       .def_rw("alignment", &MoeShape::alignment)
       .def_rw("dtype", &MoeShape::dtype)
+      .def_rw("home_dtype", &MoeShape::home_dtype)
+      .def_rw("quant", &MoeShape::quant)
+      .def_rw("padded", &MoeShape::padded)
       .def_rw("zero_tail", &MoeShape::zero_tail)
       .def_rw("drop", &MoeShape::drop)
       .def("rounds", &MoeShape::rounds)
+      .def("scales", &MoeShape::scales)
       .def("buffer_bytes", [](const MoeShape& shape) {
         const moe::BufferSizes sizes = moe::buffer_sizes(shape);
         return std::pair(sizes.region_bytes, sizes.staging_bytes);

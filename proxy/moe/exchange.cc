@@ -26,6 +26,7 @@ std::string site_text(const char* kind, std::string_view name, uint32_t tokens, 
 Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, int64_t run)
     : group_(group), lock_(group.exchange_mutex_), site_(site), round_(round), started_(Clock::now()) {
   group.current_run_ = run;
+  finish_abandoned(run);
   number_ = group.next_exchange_++;
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
   first_call_ = group.seen_tags_.insert(site.tag).second;
@@ -33,6 +34,65 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, i
   if (group.data_error_ && group.data_error_run_ != run) {
     raise_ = kRaise;
     raise_culprit_ = group.data_error_culprit_;
+  }
+}
+
+Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, int64_t run, bool* poisoned)
+    : group_(group), lock_(group.exchange_mutex_), site_(site), round_(0), started_(Clock::now()) {
+  const auto parked = ticket == 0 ? group.parked_.end() : group.parked_.find(ticket - 1);
+  if (parked == group.parked_.end() || parked->second.kind != site.kind || parked->second.tag != site.tag ||
+      parked->second.run != run) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "group '" + group.config_.name +
+                    "': " + site_text(kind_name(site.kind), site.name, site.tokens, site.top_k, site.hidden) +
+                    " is received, but what it received from is not under way: each send is received "
+                    "exactly once, in the same execution");
+  }
+  group.current_run_ = run;
+  number_ = parked->first;
+  lane_ = static_cast<uint32_t>(number_ % group.lanes_);
+  first_call_ = parked->second.first_call;
+  raise_ = parked->second.raise;
+  raise_culprit_ = parked->second.raise_culprit;
+  *poisoned = parked->second.poisoned;
+  group.parked_.erase(parked);
+}
+
+uint64_t Exchange::park(bool poisoned) {
+  group_.parked_.emplace(number_, ExchangeGroup::Parked{.kind = site_.kind,
+                                                        .tag = site_.tag,
+                                                        .run = group_.current_run_,
+                                                        .first_call = first_call_,
+                                                        .poisoned = poisoned,
+                                                        .raise = raise_,
+                                                        .raise_culprit = raise_culprit_});
+  note_sent();
+  return number_ + 1;
+}
+
+// A lane is free for exchange q + 2 * depth once q + depth has come from everybody, provided that nobody
+// sends m before it has received all up to m - depth. What an execution that ended early left behind is
+// received here and thrown away.
+void Exchange::finish_abandoned(int64_t run) {
+  auto& parked = group_.parked_;
+  while (!parked.empty() && !group_.failed_ && !group_.closed_) {
+    const auto oldest = parked.begin();
+    if (oldest->second.run == run) {
+      if (oldest->first + group_.config_.depth > group_.next_exchange_) return;
+      group_.fail(
+          Error(ErrorKind::kMismatch,
+                describe() + ": sent while exchange " + std::to_string(oldest->first) +
+                    " has not been received; at most depth=" + std::to_string(group_.config_.depth) +
+                    " may be under way, and they are received in the order in which they were sent (order "
+                    "the send after that recv with after=, or raise depth)"),
+          group_.config_.rank);
+      return;
+    }
+    number_ = oldest->first;
+    lane_ = static_cast<uint32_t>(number_ % group_.lanes_);
+    first_call_ = oldest->second.first_call;
+    parked.erase(oldest);
+    wait_for_arrivals(false);
   }
 }
 
@@ -98,7 +158,7 @@ void Exchange::post(uint32_t slots, bool poisoned) {
   header.slots = slots;
   header.culprit = ExchangeGroup::kNobody;
   header.bytes = static_cast<uint32_t>(message_bytes_);
-  header.dtype = site_.dtype;
+  header.format = site_.format;
   header.top_k = site_.top_k;
   header.local_experts = site_.local_experts;
   std::strncpy(header.site, site_.name.data(), std::min(site_.name.size(), sizeof(header.site) - 1));
@@ -136,12 +196,19 @@ void Exchange::post(uint32_t slots, bool poisoned) {
   staged_ += (message_bytes_ + 63) / 64 * 64;
 }
 
-bool Exchange::wait() {
-  const GroupConfig& config = group_.config_;
-  if (group_.failed_ || group_.closed_) return false;
-  group_.sent_exchanges_ = number_ + 1;
-  if (!check(config.rank)) return false;
+void Exchange::note_sent() {
+  if (group_.failed_ || group_.closed_) return;
+  group_.sent_exchanges_ = std::max<uint64_t>(group_.sent_exchanges_, number_ + 1);
+}
 
+bool Exchange::wait() {
+  if (group_.failed_ || group_.closed_) return false;
+  note_sent();
+  return check(group_.config_.rank) && wait_for_arrivals(true);
+}
+
+bool Exchange::wait_for_arrivals(bool checked) {
+  const GroupConfig& config = group_.config_;
   std::vector<uint32_t> missing;
   missing.reserve(config.num_ranks);
   for (uint32_t offset = 1; offset < config.num_ranks; ++offset) {
@@ -156,7 +223,7 @@ bool Exchange::wait() {
     std::erase_if(missing, [&](uint32_t source) {
       ExchangeGroup::Peer& peer = *group_.peers_[source];
       if (peer.arrivals[lane_].value() < uses * peer.shards) return false;
-      sound = sound && check(source);
+      sound = sound && (!checked || check(source));
       const auto now = Clock::now();
       if (!first_arrival) first_arrival = now;
       peer.waited_ns += Duration(now - *first_arrival).count();
@@ -217,7 +284,7 @@ bool Exchange::check(uint32_t source) {
   }
   if (theirs.exchange != number_ || theirs.kind != static_cast<uint8_t>(site_.kind) ||
       theirs.tag != site_.tag || theirs.tokens != site_.tokens || theirs.round != round_ ||
-      theirs.hidden != site_.hidden || theirs.dtype != site_.dtype || theirs.top_k != site_.top_k ||
+      theirs.hidden != site_.hidden || theirs.format != site_.format || theirs.top_k != site_.top_k ||
       theirs.local_experts != site_.local_experts) {
     const std::string name(theirs.site, strnlen(theirs.site, sizeof(theirs.site)));
     const auto kind = static_cast<Kind>(theirs.kind);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -43,7 +44,7 @@ struct CallSite {
   uint64_t tag = 0;
   uint32_t tokens = 0;
   uint32_t hidden = 0;
-  uint8_t dtype = 0;
+  uint8_t format = 0;
   uint8_t top_k = 0;
   uint16_t local_experts = 0;
   std::string_view name;
@@ -104,6 +105,16 @@ class ExchangeGroup {
   struct Peer;
   struct Lane;
 
+  // An exchange between its send and its recv.
+  struct Parked {
+    Kind kind;
+    uint64_t tag;
+    int64_t run;
+    bool first_call, poisoned;
+    uint8_t raise;
+    uint32_t raise_culprit;
+  };
+
   enum NoticeSlot : size_t { kFailedSlot = 0, kClosedSlot = 1 };
 
   void monitor();
@@ -130,6 +141,7 @@ class ExchangeGroup {
 
   std::mutex exchange_mutex_;  // one exchange at a time
   std::set<uint64_t> seen_tags_;
+  std::map<uint64_t, Parked> parked_;  // by exchange number
   std::vector<RegionHeader> headers_;  // [source] of this exchange, out of the peers' reach once checked
   std::atomic<uint64_t> next_exchange_{0};
   std::atomic<uint64_t> sent_exchanges_{0};  // to every peer, in full
@@ -151,11 +163,16 @@ class ExchangeGroup {
   std::thread monitor_;
 };
 
-// One exchange: pack and post a message to every rank, wait for everybody's, read them. Holds the group.
+// One exchange: pack and post a message to every rank, wait for everybody's, read them. Holds the group, but
+// not between park() and the constructor that takes its ticket.
 class Exchange {
  public:
-  // Takes the next number. `run` tells executions apart. Waits until the lane's send buffer is free.
+  // Takes the next number. `run` tells executions apart. At most `depth` exchanges may be parked, and they
+  // are resumed in order: otherwise the group fails.
   Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, int64_t run);
+  // Takes up an exchange where park() left it. Throws kInvalidArgument when there is none of this ticket,
+  // site and run: it was resumed before, or belongs to another program.
+  Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, int64_t run, bool* poisoned);
   ~Exchange();
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
@@ -165,6 +182,8 @@ class Exchange {
   std::byte* message(uint32_t peer, size_t bytes);
   // Posts the message last asked for. `slots` goes into its header.
   void post(uint32_t slots, bool poisoned = false);
+  // All is posted; returns the ticket, never 0. `poisoned` is kept for the constructor that resumes.
+  uint64_t park(bool poisoned);
 
   // True when every rank's message is here and checked. False: the group has failed.
   bool wait();
@@ -178,6 +197,9 @@ class Exchange {
   void reject(uint32_t source, const std::string& why);
 
  private:
+  void finish_abandoned(int64_t run);
+  void note_sent();
+  bool wait_for_arrivals(bool checked);
   bool check(uint32_t source);
   Deadline deadline() const;
   std::string describe() const;

@@ -53,7 +53,7 @@ struct RegionHeader {
   uint32_t slots;    // that follow in this message
   uint32_t culprit;  // with flags: the rank whose data is wrong
   uint32_t bytes;    // of this message, header included
-  uint8_t dtype;
+  uint8_t format;    // of rows: dtype, quantisation, layout
   uint8_t top_k;
   uint16_t local_experts;
   char site[68];  // zero-terminated description of the call, for error messages only

@@ -18,8 +18,10 @@ void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    const std::string suffix = dtype == DType::kFloat32 ? "_f32" : "_bf16";
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const std::string suffix = dtype == DType::kFloat32    ? "_f32"
+                               : dtype == DType::kBFloat16 ? "_bf16"
+                                                           : "_f16";
     const auto add = [&](const std::string& name, Problem problem, int steps = 30) {
       problem.dtype = dtype;
       all.push_back({name + suffix, problem, steps});
@@ -51,6 +53,20 @@ std::vector<Case> cases() {
     add("drop_nearly_all", {.rows = 1, .drop = true});
     add("drop_all", {.rows = 0, .drop = true});
     add("bounded_enough", {.ranks = 2, .rows = 200, .drop = true});
+    add("padded", {.padded = true});
+    add("padded_chunks", {.max_tokens = 20, .chunk = 6, .depth = 2, .padded = true});
+    add("padded_drop", {.rows = 3 * 5, .drop = true, .padded = true});
+    add("padded_drop_all", {.rows = 0, .drop = true, .padded = true});
+    add("wide_home", {.hidden = 77, .home_dtype = DType::kFloat32});
+    for (const Quant quant : {Quant::kFp8, Quant::kFp8Ue8m0}) {
+      const std::string kind = quant == Quant::kFp8 ? "fp8" : "fp8_ue8m0";
+      add(kind, {.hidden = 128, .quant = quant});
+      add(kind + "_wide", {.experts = 4, .hidden = 1030, .max_tokens = 4, .quant = quant}, 5);
+      add(kind + "_odd", {.hidden = 77, .max_tokens = 20, .chunk = 7, .alignment = 4, .quant = quant});
+      add(kind + "_drop", {.hidden = 260, .rows = 9, .drop = true, .quant = quant}, 10);
+      add(kind + "_padded", {.hidden = 136, .padded = true, .home_dtype = DType::kFloat32, .quant = quant},
+          10);
+    }
     add("replicas", {.ranks = 3,
                      .experts = 4,
                      .top_k = 3,
@@ -68,6 +84,23 @@ TEST_P(ExchangeTest, EqualsTheOracle) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Grid, ExchangeTest, ::testing::ValuesIn(cases()),
+                         [](const auto& info) { return info.param.name; });
+
+// Send and recv apart, one after the other. Halves go in one round.
+class HalvesTest : public ::testing::TestWithParam<Case> {};
+
+TEST_P(HalvesTest, EqualTheOracle) {
+  Cluster cluster(GetParam().problem);
+  check_steps(cluster, GetParam().steps / 3 + 1, 2000, {.split = true});
+}
+
+std::vector<Case> cases_of_one_round() {
+  std::vector<Case> all = cases();
+  std::erase_if(all, [](const Case& c) { return c.problem.chunk != 0; });
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Grid, HalvesTest, ::testing::ValuesIn(cases_of_one_round()),
                          [](const auto& info) { return info.param.name; });
 
 TEST(Exchange, HundredsOfStepsWithNewRoutingEach) {

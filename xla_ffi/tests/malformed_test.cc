@@ -32,7 +32,7 @@ struct Message {
     header.hidden = call.site.hidden;
     header.slots = 2;
     header.culprit = ~0U;
-    header.dtype = call.site.dtype;
+    header.format = call.site.format;
     header.top_k = call.site.top_k;
     header.local_experts = call.site.local_experts;
     std::strcpy(header.site, "layer");
@@ -135,7 +135,7 @@ TEST(Malformed, HeadersOfAnotherExchange) {
       {"tokens", [](RegionHeader& h) { ++h.tokens; }},
       {"round", [](RegionHeader& h) { ++h.round; }},
       {"hidden", [](RegionHeader& h) { ++h.hidden; }},
-      {"dtype", [](RegionHeader& h) { ++h.dtype; }},
+      {"format", [](RegionHeader& h) { ++h.format; }},
       {"top_k", [](RegionHeader& h) { ++h.top_k; }},
       {"local_experts", [](RegionHeader& h) { ++h.local_experts; }},
       {"a site without an end", [](RegionHeader& h) { ++h.tag, std::memset(h.site, 'x', sizeof(h.site)); }},

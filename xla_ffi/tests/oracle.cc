@@ -23,6 +23,97 @@ uint16_t round_to_bfloat16(float value) {
   return static_cast<uint16_t>((low & 0x8000U) | (up ? above : below));
 }
 
+namespace {
+
+// The multiple of 2^max(exponent of x, lowest) - bits) nearest to x, even ones first.
+double round_even(double x, int bits, int lowest) {
+  if (x == 0 || std::isinf(x)) return x;
+  const double step = std::ldexp(1.0, std::max(std::ilogb(x), lowest) - bits);
+  return std::nearbyint(x / step) * step;
+}
+
+}  // namespace
+
+double decode_float16(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double magnitude = exponent == 31  ? (mantissa == 0 ? HUGE_VAL : NAN)
+                           : exponent == 0 ? std::ldexp(mantissa, -24)
+                                           : std::ldexp(1024 + mantissa, exponent - 25);
+  return (half & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+uint16_t round_to_float16(float value) {
+  const double rounded = std::fabs(round_even(value, 10, -14));
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (rounded >= 65536) return sign | 0x7c00;
+  // Halves grow with their bits.
+  int low = 0, high = 0x7bff;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    decode_float16(static_cast<uint16_t>(middle)) < rounded ? low = middle + 1 : high = middle;
+  }
+  return static_cast<uint16_t>(sign | low);
+}
+
+double decode_e4m3(uint8_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const double magnitude = (byte & 0x7f) == 0x7f ? NAN
+                           : exponent == 0       ? std::ldexp(mantissa, -9)
+                                                 : std::ldexp(8 + mantissa, exponent - 10);
+  return (byte & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+uint8_t round_to_e4m3(float value) {
+  const double rounded = std::min(std::fabs(round_even(value, 3, -6)), 448.0);
+  uint8_t byte = 0;
+  while (decode_e4m3(byte) < rounded) ++byte;
+  return static_cast<uint8_t>((std::signbit(value) ? 0x80 : 0) | byte);
+}
+
+QuantizedRows quantize(const Problem& problem, const Tensor& rows) {
+  QuantizedRows out;
+  for (int64_t row = 0; row * problem.hidden < rows.count(); ++row) {
+    for (int begin = 0; begin < problem.hidden; begin += 128) {
+      const int end = std::min(begin + 128, problem.hidden);
+      float max = std::ldexp(1.0F, -100);
+      for (int h = begin; h < end; ++h) max = std::max(max, std::fabs(rows.get(row * problem.hidden + h)));
+      float inverse = 448.0F / max;
+      if (problem.quant == Quant::kFp8) {
+        const float scale = max / 448.0F;
+        std::byte bytes[4];
+        std::memcpy(bytes, &scale, 4);
+        out.scales.insert(out.scales.end(), bytes, bytes + 4);
+      } else {
+        int exponent = -127;
+        while (448 * std::ldexp(1.0, exponent) < max) ++exponent;
+        inverse = std::ldexp(1.0F, -exponent);
+        out.scales.push_back(std::byte(exponent + 127));
+      }
+      for (int h = begin; h < end; ++h) {
+        const float scaled = rows.get(row * problem.hidden + h) * inverse;
+        out.values.push_back(round_to_e4m3(scaled));
+      }
+    }
+  }
+  return out;
+}
+
+Tensor dequantize(const Problem& problem, const QuantizedRows& rows) {
+  Tensor out(problem.dtype, static_cast<int64_t>(rows.values.size()));
+  for (int64_t i = 0; i < out.count(); ++i) {
+    const int64_t at = i / problem.hidden * problem.scale_count() + i % problem.hidden / 128;
+    float scale = 0;
+    if (problem.quant == Quant::kFp8) {
+      std::memcpy(&scale, rows.scales.data() + at * 4, 4);
+    } else {
+      scale = std::ldexp(1.0F, std::to_integer<int>(rows.scales[at]) - 127);
+    }
+    const float value = static_cast<float>(decode_e4m3(rows.values[i])) * scale;
+    out.set(i, value);
+  }
+  return out;
+}
+
 float reference_dot(const std::vector<float>& a, const std::vector<float>& b) {
   float partial[16] = {};
   for (size_t h = 0; h < a.size(); ++h) {
@@ -43,6 +134,7 @@ float Tensor::get(int64_t at) const {
   }
   uint16_t half;
   std::memcpy(&half, bytes_.data() + at * 2, 2);
+  if (dtype_ == DType::kFloat16) return static_cast<float>(decode_float16(half));
   return std::bit_cast<float>(uint32_t{half} << 16);
 }
 
@@ -51,12 +143,13 @@ void Tensor::set(int64_t at, float value) {
     std::memcpy(bytes_.data() + at * 4, &value, 4);
     return;
   }
-  const uint16_t half = round_to_bfloat16(value);
+  const uint16_t half = dtype_ == DType::kFloat16 ? round_to_float16(value) : round_to_bfloat16(value);
   std::memcpy(bytes_.data() + at * 2, &half, 2);
 }
 
 int64_t Problem::row_count(int tokens) const {
   if (rows >= 0) return rows;
+  if (padded) return int64_t{experts_per_rank()} * ranks * tokens;
   const int64_t per_token = std::min(top_k, experts_per_rank());
   return int64_t{ranks} * tokens * per_token + int64_t{experts_per_rank()} * (alignment - 1);
 }
@@ -81,6 +174,9 @@ MoeShape Problem::shape(int rank) const {
   shape.alignment = alignment;
   shape.dtype = dtype;
   shape.drop = drop;
+  shape.padded = padded;
+  shape.home_dtype = home_dtype.value_or(dtype);
+  shape.quant = quant;
   return shape;
 }
 
@@ -92,6 +188,8 @@ std::vector<std::byte> Outputs::bytes() const {
   for (const Tensor* tensor : {&tokens, &y, &out, &d_y, &d_tokens, &d_x}) add(tensor->bytes());
   for (const auto* values : {&row_weights, &d_row_weights, &d_weights}) add(*values);
   for (const auto* values : {&group_sizes, &home, &source_slots, &slot_start, &slot_rows}) add(*values);
+  add(quantized.values);
+  add(quantized.scales);
   add(std::vector<int32_t>{num_rows, num_dropped, ok});
   const auto* begin = reinterpret_cast<const std::byte*>(all.data());
   return {begin, begin + all.size()};
@@ -104,6 +202,7 @@ void apply_experts(const Problem& problem, int rank, const std::vector<int32_t>&
   int64_t at = 0;
   for (int e = 0; e < problem.experts_per_rank(); ++e) {
     const float scale = factor(map[rank * problem.experts_per_rank() + e]);
+    if (problem.padded) at = in.count() / problem.experts_per_rank() * e;
     for (int64_t n = int64_t{group_sizes[e]} * problem.hidden; n > 0; --n, ++at) {
       const float product = scale * in.get(at);
       out.set(at, product);
@@ -154,11 +253,13 @@ Placed place(const Problem& problem, const std::vector<Inputs>& inputs) {
       for (const auto& pairs : experts) total += padded(std::min<int64_t>(pairs.size(), trial));
       if (total <= rows) clip = trial;
     }
+    const int64_t room = rows / local;
+    if (problem.padded) clip = room;
     int64_t base = 0;
     for (auto& pairs : experts) {
       const int64_t kept = std::min<int64_t>(pairs.size(), clip);
       for (int64_t i = 0; i < kept; ++i) pairs[i].row = base + i;
-      base += padded(kept);
+      base += problem.padded ? room : padded(kept);
     }
   }
   return placed;
@@ -192,10 +293,19 @@ std::vector<Outputs> oracle(const Problem& problem, const std::vector<Inputs>& i
   const int hidden = problem.hidden, local = problem.experts_per_rank(), tokens = inputs[0].tokens;
   const int64_t rows = problem.row_count(tokens);
   const Placed placed = place(problem, inputs);
+  std::vector<QuantizedRows> quantized(problem.ranks);
+  for (int s = 0; s < problem.ranks && problem.quant != Quant::kNone; ++s) {
+    quantized[s] = quantize(problem, inputs[s].x);
+  }
   std::vector<Outputs> all(problem.ranks);
   for (int r = 0; r < problem.ranks; ++r) {
     Outputs& out = all[r];
     out.tokens = out.d_y = Tensor(problem.dtype, rows * hidden);
+    const int64_t scale_bytes = problem.scale_count() * (problem.quant == Quant::kFp8 ? 4 : 1);
+    if (problem.quant != Quant::kNone) {
+      out.quantized.values.assign(rows * hidden, 0);
+      out.quantized.scales.assign(rows * scale_bytes, std::byte{0});
+    }
     out.row_weights.assign(rows, 0.0F);
     out.d_row_weights.assign(rows, 0.0F);
     out.num_rows = out.num_dropped = 0;
@@ -212,11 +322,20 @@ std::vector<Outputs> oracle(const Problem& problem, const std::vector<Inputs>& i
         for (int h = 0; h < hidden; ++h) {
           out.tokens.set(pair.row * hidden + h, home.x.get(int64_t{pair.token} * hidden + h));
         }
+        if (problem.quant != Quant::kNone) {
+          const QuantizedRows& from = quantized[pair.source];
+          std::copy_n(from.values.begin() + int64_t{pair.token} * hidden, hidden,
+                      out.quantized.values.begin() + pair.row * hidden);
+          std::copy_n(from.scales.begin() + pair.token * scale_bytes, scale_bytes,
+                      out.quantized.scales.begin() + pair.row * scale_bytes);
+        }
         out.row_weights[pair.row] = home.weights[pair.token * problem.top_k + pair.column];
       }
       out.num_rows += kept;
-      out.group_sizes.push_back((kept + problem.alignment - 1) / problem.alignment * problem.alignment);
+      out.group_sizes.push_back(
+          problem.padded ? kept : (kept + problem.alignment - 1) / problem.alignment * problem.alignment);
     }
+    if (problem.quant != Quant::kNone) out.tokens = dequantize(problem, out.quantized);
     apply_experts(problem, r, out.group_sizes, out.tokens, out.y);
     for (int e = 0; e < local; ++e) {
       for (const Pair& pair : placed[r][e]) {
@@ -264,8 +383,9 @@ std::vector<Outputs> oracle(const Problem& problem, const std::vector<Inputs>& i
           d_partial.add([&](int64_t h) { return there.d_tokens.get(at + h); });
           out.d_weights[int64_t{t} * problem.top_k + pair.column] = there.d_row_weights[row];
         }
-        // What travels home is rounded to the element type; nothing kept is a row of zeros.
-        Tensor wire(problem.dtype, hidden), d_wire(problem.dtype, hidden);
+        // What travels home is rounded; nothing kept is a row of zeros.
+        const DType travels = problem.home_dtype.value_or(problem.dtype);
+        Tensor wire(travels, hidden), d_wire(travels, hidden);
         partial.store(wire, 0);
         d_partial.store(d_wire, 0);
         forward.add([&](int64_t h) { return wire.get(h); });

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,10 @@
 namespace pplx::moe::testing {
 
 uint16_t round_to_bfloat16(float value);  // of anything but a NaN
+uint16_t round_to_float16(float value);   // likewise
+double decode_float16(uint16_t half);
+uint8_t round_to_e4m3(float value);  // likewise; saturates
+double decode_e4m3(uint8_t byte);
 float reference_dot(const std::vector<float>& a, const std::vector<float>& b);
 
 // A flat array of a problem's element type, seen as float32. set() rounds.
@@ -45,6 +50,9 @@ struct Problem {
   int depth = 1;
   DType dtype = DType::kFloat32;
   bool drop = false;
+  bool padded = false;                   // rows is then a multiple of experts_per_rank
+  std::optional<DType> home_dtype = {};  // default: dtype
+  Quant quant = Quant::kNone;
   std::vector<int32_t> expert_map = {};  // empty: contiguous blocks
   int slots_per_rank = 0;                // of experts, with expert_map
 
@@ -52,6 +60,7 @@ struct Problem {
     return slots_per_rank != 0 ? slots_per_rank : (experts + ranks - 1) / ranks;
   }
   int64_t row_count(int tokens) const;
+  int64_t scale_count() const { return quant == Quant::kNone ? 0 : (hidden + 127) / 128; }
   std::vector<int32_t> map() const;
   MoeShape shape(int rank) const;
 };
@@ -65,9 +74,20 @@ struct Inputs {
   std::vector<float> weights;
   bool weighted = true;
   bool accumulates = false;
+  bool given = false;  // x is quantised by the caller
 };
 
+// Rows as a quantised dispatch moves them.
+struct QuantizedRows {
+  std::vector<uint8_t> values;    // [rows, hidden]
+  std::vector<std::byte> scales;  // [rows, scale_count] float32 or exponent bytes
+  bool operator==(const QuantizedRows&) const = default;
+};
+QuantizedRows quantize(const Problem& problem, const Tensor& rows);
+Tensor dequantize(const Problem& problem, const QuantizedRows& rows);
+
 struct Outputs {
+  QuantizedRows quantized;  // what came, where tokens are quantised; `tokens` is then their values
   Tensor tokens, y, out, d_y, d_tokens, d_x;
   std::vector<float> row_weights, d_row_weights, d_weights;
   std::vector<int32_t> group_sizes;

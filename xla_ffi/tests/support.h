@@ -160,6 +160,7 @@ inline std::vector<Inputs> random_step(const Problem& problem, uint64_t seed,
     inputs.push_back(random_inputs(problem, tokens, num_tokens, routing, rng()));
     inputs.back().weighted = weighted;
     inputs.back().accumulates = accumulates;
+    inputs.back().given = problem.quant != Quant::kNone && seed % 2 == 1;
   }
   return inputs;
 }
@@ -169,6 +170,7 @@ inline std::vector<Inputs> random_step(const Problem& problem, uint64_t seed,
 struct Site {
   std::string name = "layer";
   int64_t run = 1;
+  bool split = false;  // send and recv apart
 };
 
 inline Call make_call(Member& member, Kind kind, int tokens, const Site& site) {
@@ -179,7 +181,7 @@ inline Call make_call(Member& member, Kind kind, int tokens, const Site& site) {
                    .tag = std::hash<std::string>{}(site.name) + static_cast<uint64_t>(kind),
                    .tokens = static_cast<uint32_t>(tokens),
                    .hidden = static_cast<uint32_t>(shape.hidden),
-                   .dtype = static_cast<uint8_t>(shape.dtype),
+                   .format = shape.format(),
                    .top_k = static_cast<uint8_t>(shape.top_k),
                    .local_experts = static_cast<uint16_t>(shape.experts_per_rank),
                    .name = site.name},
@@ -202,67 +204,133 @@ inline Tensor garbage(DType dtype, int64_t count) {
   return tensor;
 }
 
+// Arguments of a step's exchanges. Keep it until they have run.
+class Arguments {
+ public:
+  Arguments(const Problem& problem, Member& member, const Inputs& in, Outputs& out)
+      : problem_(problem), shape_(member.shape), in_(in), out_(out), map_(problem.map()) {
+    if (in.given) given_ = quantize(problem, in.x);
+  }
+
+  DispatchSend dispatch_send() {
+    out_.home.assign(int64_t{in_.tokens} * shape_.top_k, 99);
+    return {.x = in_.given ? given_.values.data() : in_.x.data(),
+            .scales = in_.given ? given_.scales.data() : nullptr,
+            .indices = in_.indices.data(),
+            .weights = in_.weights.data(),
+            .num_tokens = in_.num_tokens,
+            .expert_map = map_.data(),
+            .home = out_.home.data()};
+  }
+  DispatchRecv dispatch_recv() {
+    const int64_t slots = int64_t{problem_.ranks} * in_.tokens;
+    const bool quantized = problem_.quant != Quant::kNone;
+    out_.tokens = garbage(problem_.dtype, rows() * problem_.hidden);
+    out_.quantized.values.assign(quantized ? rows() * problem_.hidden : 0, 0x5a);
+    out_.quantized.scales.assign(rows() * shape_.scale_bytes(), std::byte{0x5a});
+    out_.row_weights.assign(rows(), 99.0F);
+    out_.group_sizes.assign(shape_.experts_per_rank, 99);
+    out_.source_slots.assign(int64_t{shape_.rounds(in_.tokens)} * shape_.num_ranks, 99);
+    out_.slot_start.assign(slots + 1, 99);
+    out_.slot_rows.assign(slots * shape_.entries(), 99);
+    return {.tokens = quantized ? out_.quantized.values.data() : out_.tokens.data(),
+            .scales = out_.quantized.scales.data(),
+            .row_weights = out_.row_weights.data(),
+            .group_sizes = out_.group_sizes.data(),
+            .num_rows = &out_.num_rows,
+            .num_dropped = &out_.num_dropped,
+            .route = route()};
+  }
+  // Of quantised tokens, after the dispatch.
+  void dequantize_tokens() {
+    if (problem_.quant != Quant::kNone && out_.ok == 1) out_.tokens = dequantize(problem_, out_.quantized);
+  }
+
+  CombineSend combine_send() {
+    return {.y = out_.y.data(),
+            .row_weights = in_.weighted ? out_.row_weights.data() : nullptr,
+            .route = route()};
+  }
+  CombineRecv combine_recv() {
+    out_.out = garbage(problem_.dtype, int64_t{in_.tokens} * problem_.hidden);
+    return {.home = out_.home.data(),
+            .accumulate = in_.accumulates ? in_.accumulate.data() : nullptr,
+            .out = out_.out.data()};
+  }
+
+  CombineTransposeSend combine_transpose_send() { return {.d_out = in_.d_out.data(), .route = route()}; }
+  CombineTransposeRecv combine_transpose_recv() {
+    out_.d_y = garbage(problem_.dtype, rows() * problem_.hidden);
+    out_.d_row_weights.assign(rows(), 99.0F);
+    return {.y = in_.weighted ? out_.y.data() : nullptr,
+            .row_weights = in_.weighted ? out_.row_weights.data() : nullptr,
+            .route = route(),
+            .group_sizes = out_.group_sizes.data(),
+            .d_y = out_.d_y.data(),
+            .d_row_weights = out_.d_row_weights.data()};
+  }
+
+  DispatchTransposeSend dispatch_transpose_send() {
+    return {.d_tokens = out_.d_tokens.data(), .d_row_weights = out_.d_row_weights.data(), .route = route()};
+  }
+  DispatchTransposeRecv dispatch_transpose_recv() {
+    out_.d_x = garbage(problem_.dtype, int64_t{in_.tokens} * problem_.hidden);
+    out_.d_weights.assign(int64_t{in_.tokens} * problem_.top_k, 99.0F);
+    return {.home = out_.home.data(), .d_x = out_.d_x.data(), .d_weights = out_.d_weights.data()};
+  }
+
+ private:
+  int64_t rows() const { return problem_.row_count(in_.tokens); }
+  Route route() { return route_of(out_, rows()); }
+
+  const Problem& problem_;
+  const MoeShape& shape_;
+  const Inputs& in_;
+  Outputs& out_;
+  std::vector<int32_t> map_;
+  QuantizedRows given_;
+};
+
+// Both halves in one call, or one after the other.
+template <typename Both, typename Send, typename Recv, typename Sent, typename Received>
+std::optional<Error> run_halves(const Call& call, const Site& site, Both both, Send send, Recv recv,
+                                const Sent& to_send, const Received& to_receive) {
+  if (!site.split) return both(call, to_send, to_receive);
+  Ticket ticket = 0;
+  if (auto error = send(call, to_send, ticket)) return error;
+  return recv(call, to_receive, ticket);
+}
+
 inline std::optional<Error> run_dispatch(const Problem& problem, Member& member, const Inputs& in,
                                          Outputs& out, const Site& site = {}) {
-  const MoeShape& shape = member.shape;
-  const int64_t rows = problem.row_count(in.tokens), slots = int64_t{problem.ranks} * in.tokens;
-  out.tokens = garbage(problem.dtype, rows * problem.hidden);
-  out.row_weights.assign(rows, 99.0F);
-  out.group_sizes.assign(shape.experts_per_rank, 99);
-  out.home.assign(int64_t{in.tokens} * shape.top_k, 99);
-  out.source_slots.assign(int64_t{shape.rounds(in.tokens)} * shape.num_ranks, 99);
-  out.slot_start.assign(slots + 1, 99);
-  out.slot_rows.assign(slots * shape.entries(), 99);
-  const std::vector<int32_t> map = problem.map();
-  return dispatch(make_call(member, Kind::kDispatch, in.tokens, site), {.x = in.x.data(),
-                                                                        .indices = in.indices.data(),
-                                                                        .weights = in.weights.data(),
-                                                                        .num_tokens = in.num_tokens,
-                                                                        .expert_map = map.data(),
-                                                                        .tokens = out.tokens.data(),
-                                                                        .row_weights = out.row_weights.data(),
-                                                                        .group_sizes = out.group_sizes.data(),
-                                                                        .num_rows = &out.num_rows,
-                                                                        .num_dropped = &out.num_dropped,
-                                                                        .route = route_of(out, rows)});
+  Arguments args(problem, member, in, out);
+  auto error = run_halves(make_call(member, Kind::kDispatch, in.tokens, site), site, dispatch, dispatch_send,
+                          dispatch_recv, args.dispatch_send(), args.dispatch_recv());
+  args.dequantize_tokens();
+  return error;
 }
 
 inline std::optional<Error> run_combine(const Problem& problem, Member& member, const Inputs& in,
                                         Outputs& out, const Site& site = {}) {
-  out.out = garbage(problem.dtype, int64_t{in.tokens} * problem.hidden);
-  return combine(make_call(member, Kind::kCombine, in.tokens, site),
-                 {.y = out.y.data(),
-                  .row_weights = in.weighted ? out.row_weights.data() : nullptr,
-                  .accumulate = in.accumulates ? in.accumulate.data() : nullptr,
-                  .route = route_of(out, problem.row_count(in.tokens)),
-                  .out = out.out.data()});
+  Arguments args(problem, member, in, out);
+  return run_halves(make_call(member, Kind::kCombine, in.tokens, site), site, combine, combine_send,
+                    combine_recv, args.combine_send(), args.combine_recv());
 }
 
 inline std::optional<Error> run_combine_transpose(const Problem& problem, Member& member, const Inputs& in,
                                                   Outputs& out, const Site& site = {}) {
-  const int64_t rows = problem.row_count(in.tokens);
-  out.d_y = garbage(problem.dtype, rows * problem.hidden);
-  out.d_row_weights.assign(rows, 99.0F);
-  return combine_transpose(make_call(member, Kind::kCombineTranspose, in.tokens, site),
-                           {.d_out = in.d_out.data(),
-                            .y = in.weighted ? out.y.data() : nullptr,
-                            .row_weights = in.weighted ? out.row_weights.data() : nullptr,
-                            .route = route_of(out, rows),
-                            .group_sizes = out.group_sizes.data(),
-                            .d_y = out.d_y.data(),
-                            .d_row_weights = out.d_row_weights.data()});
+  Arguments args(problem, member, in, out);
+  return run_halves(make_call(member, Kind::kCombineTranspose, in.tokens, site), site, combine_transpose,
+                    combine_transpose_send, combine_transpose_recv, args.combine_transpose_send(),
+                    args.combine_transpose_recv());
 }
 
 inline std::optional<Error> run_dispatch_transpose(const Problem& problem, Member& member, const Inputs& in,
                                                    Outputs& out, const Site& site = {}) {
-  out.d_x = garbage(problem.dtype, int64_t{in.tokens} * problem.hidden);
-  out.d_weights.assign(int64_t{in.tokens} * problem.top_k, 99.0F);
-  return dispatch_transpose(make_call(member, Kind::kDispatchTranspose, in.tokens, site),
-                            {.d_tokens = out.d_tokens.data(),
-                             .d_row_weights = out.d_row_weights.data(),
-                             .route = route_of(out, problem.row_count(in.tokens)),
-                             .d_x = out.d_x.data(),
-                             .d_weights = out.d_weights.data()});
+  Arguments args(problem, member, in, out);
+  return run_halves(make_call(member, Kind::kDispatchTranspose, in.tokens, site), site, dispatch_transpose,
+                    dispatch_transpose_send, dispatch_transpose_recv, args.dispatch_transpose_send(),
+                    args.dispatch_transpose_recv());
 }
 
 // dispatch, experts, combine and the way back. Stops at an error.
@@ -296,6 +364,7 @@ inline void expect_equal(const Outputs& got, const Outputs& want, const std::str
   EXPECT_EQ(got.num_rows, want.num_rows) << where;
   EXPECT_EQ(got.num_dropped, want.num_dropped) << where;
   EXPECT_EQ(got.group_sizes, want.group_sizes) << where;
+  EXPECT_TRUE(got.quantized == want.quantized) << where;
   EXPECT_TRUE(got.tokens == want.tokens) << where;
   EXPECT_TRUE(same(got.row_weights, want.row_weights)) << where;
   EXPECT_TRUE(got.out == want.out) << where;
@@ -306,14 +375,14 @@ inline void expect_equal(const Outputs& got, const Outputs& want, const std::str
 }
 
 // `steps` random steps on a cluster, each against the oracle.
-inline void check_steps(Cluster& cluster, int steps, uint64_t seed) {
+inline void check_steps(Cluster& cluster, int steps, uint64_t seed, const Site& site = {}) {
   const Problem& problem = cluster.problem();
   std::vector<std::vector<Inputs>> inputs;
   std::vector<std::vector<Outputs>> outputs(steps, std::vector<Outputs>(problem.ranks));
   for (int step = 0; step < steps; ++step) inputs.push_back(random_step(problem, seed + step));
   cluster.each([&](int rank) {
     for (int step = 0; step < steps; ++step) {
-      const auto error = run_step(problem, cluster[rank], inputs[step][rank], outputs[step][rank]);
+      const auto error = run_step(problem, cluster[rank], inputs[step][rank], outputs[step][rank], site);
       ASSERT_FALSE(error) << error->what();
     }
   });

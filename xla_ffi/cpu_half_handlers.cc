@@ -1,0 +1,254 @@
+// XLA FFI handlers of the exchanges' halves: send posts and returns a ticket, recv waits.
+//
+// A ticket travels as four float32 of 16 bits each: floats have cotangents, so that the backward pass hands
+// the transposed exchange's ticket from recv's derivative to send's.
+#include "xla_ffi/cpu_call_frame.h"
+#include "xla_ffi/handlers.h"
+
+namespace pplx::moe {
+namespace {
+
+constexpr int kDigits = 4;
+
+void write_ticket(const F32& buffer, Ticket ticket) {
+  require_count(buffer, kDigits, "ticket");
+  for (int i = 0; i < kDigits; ++i) {
+    buffer.typed_data()[i] = static_cast<float>((ticket >> (16 * i)) & 0xffffU);
+  }
+}
+
+Ticket read_ticket(const F32& buffer) {
+  require_count(buffer, kDigits, "ticket");
+  Ticket ticket = 0;
+  for (int i = 0; i < kDigits; ++i) {
+    const float digit = buffer.typed_data()[i];
+    if (!(digit >= 0 && digit < 65536 && digit == std::floor(digit))) {
+      throw Error(ErrorKind::kInvalidArgument,
+                  "what is received is no ticket of a send: its arrays must reach the recv unchanged");
+    }
+    ticket |= static_cast<Ticket>(digit) << (16 * i);
+  }
+  return ticket;
+}
+
+ffi::Error dispatch_send_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                              int32_t device, bool scaled, Any x, Int indices, F32 weights, Int num_tokens,
+                              Int expert_map, ffi::RemainingArgs rest, Out<F32> ticket, Out<Int> home) {
+  const TokenBuffers in{x, indices, weights, num_tokens, expert_map, rest, scaled};
+  return run(Kind::kDispatch, {group, tag, site, run_id, device}, x.dimensions()[0], [&](const Call& call) {
+    Ticket number = 0;
+    auto error = dispatch_send(call, in.view(call.shape, *home), number);
+    write_ticket(*ticket, number);
+    return error;
+  });
+}
+
+ffi::Error dispatch_recv_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                              int32_t device, F32 ticket, Int home, ffi::RemainingArgs /*after*/,
+                              Out<Any> tokens, Out<F32> row_weights, Out<Int> group_sizes, Out<Int> num_rows,
+                              Out<Int> num_dropped, Out<Int> ok, Out<Int> source_slots, Out<Int> slot_start,
+                              Out<Int> slot_rows, Out<F32> order, ffi::RemainingRets scales) {
+  *order->typed_data() = 0.0F;
+  const DispatchedBuffers out{tokens,   row_weights, group_sizes,
+                              num_rows, num_dropped, {home, *source_slots, *slot_start, *slot_rows, *ok},
+                              scales};
+  return run(
+      Kind::kDispatch, {group, tag, site, run_id, device}, home.dimensions()[0],
+      [&](const Call& call) { return dispatch_recv(call, out.view(call.shape), read_ticket(ticket)); });
+}
+
+ffi::Error combine_send_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                             int32_t device, bool weighted, Any y, F32 row_weights, Int home,
+                             Int source_slots, Int slot_start, Int slot_rows, Int ok,
+                             ffi::RemainingArgs /*after*/, Out<F32> ticket) {
+  return run(Kind::kCombine, {group, tag, site, run_id, device}, home.dimensions()[0], [&](const Call& call) {
+    const int64_t rows = y.dimensions()[0];
+    require_rows(y, call.shape, rows, "y");
+    require_count(row_weights, rows, "row weights");
+    const RouteBuffers route{home, source_slots, slot_start, slot_rows, ok};
+    Ticket number = 0;
+    auto error = combine_send(call,
+                              {.y = y.untyped_data(),
+                               .row_weights = weighted ? row_weights.typed_data() : nullptr,
+                               .route = route.view(call.shape, rows)},
+                              number);
+    write_ticket(*ticket, number);
+    return error;
+  });
+}
+
+ffi::Error combine_recv_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                             int32_t device, bool accumulates, F32 ticket, Int home, Any accumulate,
+                             ffi::RemainingArgs /*after*/, Out<Any> out, Out<F32> order) {
+  *order->typed_data() = 0.0F;
+  const int64_t count = home.dimensions()[0];
+  return run(Kind::kCombine, {group, tag, site, run_id, device}, count, [&](const Call& call) {
+    require_count(home, count * call.shape.top_k, "route.home");
+    require_rows(*out, call.shape, count, "combined tokens");
+    if (accumulates) require_rows(accumulate, call.shape, count, "accumulate");
+    return combine_recv(call,
+                        {.home = home.typed_data(),
+                         .accumulate = accumulates ? accumulate.untyped_data() : nullptr,
+                         .out = out->untyped_data()},
+                        read_ticket(ticket));
+  });
+}
+
+ffi::Error combine_transpose_send_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                                       int32_t device, int64_t rows, Any d_out, Int home, Int source_slots,
+                                       Int slot_start, Int slot_rows, Int ok, ffi::RemainingArgs /*after*/,
+                                       Out<F32> ticket) {
+  const int64_t count = home.dimensions()[0];
+  return run(Kind::kCombineTranspose, {group, tag, site, run_id, device}, count, [&](const Call& call) {
+    require_rows(d_out, call.shape, count, "cotangent");
+    const RouteBuffers route{home, source_slots, slot_start, slot_rows, ok};
+    Ticket number = 0;
+    auto error = combine_transpose_send(
+        call, {.d_out = d_out.untyped_data(), .route = route.view(call.shape, rows)}, number);
+    write_ticket(*ticket, number);
+    return error;
+  });
+}
+
+ffi::Error combine_transpose_recv_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                                       int32_t device, bool weighted, F32 ticket, Any y, F32 row_weights,
+                                       Int home, Int source_slots, Int slot_start, Int slot_rows, Int ok,
+                                       Int group_sizes, ffi::RemainingArgs /*after*/, Out<Any> d_y,
+                                       Out<F32> d_row_weights, Out<F32> order) {
+  *order->typed_data() = 0.0F;
+  const int64_t count = home.dimensions()[0];
+  return run(Kind::kCombineTranspose, {group, tag, site, run_id, device}, count, [&](const Call& call) {
+    const int64_t rows = d_y->dimensions()[0];
+    require_rows(*d_y, call.shape, rows, "cotangent of y");
+    if (weighted) require_rows(y, call.shape, rows, "y");
+    require_count(row_weights, rows, "row weights");
+    require_count(group_sizes, call.shape.experts_per_rank, "group sizes");
+    const RouteBuffers route{home, source_slots, slot_start, slot_rows, ok};
+    return combine_transpose_recv(call,
+                                  {.y = weighted ? y.untyped_data() : nullptr,
+                                   .row_weights = weighted ? row_weights.typed_data() : nullptr,
+                                   .route = route.view(call.shape, rows),
+                                   .group_sizes = group_sizes.typed_data(),
+                                   .d_y = d_y->untyped_data(),
+                                   .d_row_weights = d_row_weights->typed_data()},
+                                  read_ticket(ticket));
+  });
+}
+
+ffi::Error dispatch_transpose_send_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                                        int32_t device, Any d_tokens, F32 d_row_weights, Int home,
+                                        Int source_slots, Int slot_start, Int slot_rows, Int ok,
+                                        ffi::RemainingArgs /*after*/, Out<F32> ticket) {
+  const int64_t count = home.dimensions()[0];
+  return run(Kind::kDispatchTranspose, {group, tag, site, run_id, device}, count, [&](const Call& call) {
+    const int64_t rows = d_tokens.dimensions()[0];
+    require_rows(d_tokens, call.shape, rows, "cotangent of tokens");
+    require_count(d_row_weights, rows, "cotangent of weights");
+    const RouteBuffers route{home, source_slots, slot_start, slot_rows, ok};
+    Ticket number = 0;
+    auto error = dispatch_transpose_send(call,
+                                         {.d_tokens = d_tokens.untyped_data(),
+                                          .d_row_weights = d_row_weights.typed_data(),
+                                          .route = route.view(call.shape, rows)},
+                                         number);
+    write_ticket(*ticket, number);
+    return error;
+  });
+}
+
+ffi::Error dispatch_transpose_recv_impl(int64_t group, int64_t tag, std::string_view site, ffi::RunId run_id,
+                                        int32_t device, F32 ticket, Int home, ffi::RemainingArgs /*after*/,
+                                        Out<Any> d_x, Out<F32> d_weights, Out<F32> order) {
+  *order->typed_data() = 0.0F;
+  const int64_t count = home.dimensions()[0];
+  return run(Kind::kDispatchTranspose, {group, tag, site, run_id, device}, count, [&](const Call& call) {
+    require_rows(*d_x, call.shape, count, "cotangent of x");
+    require_count(*d_weights, count * call.shape.top_k, "cotangent of router weights");
+    require_count(home, count * call.shape.top_k, "route.home");
+    return dispatch_transpose_recv(
+        call, {.home = home.typed_data(), .d_x = d_x->untyped_data(), .d_weights = d_weights->typed_data()},
+        read_ticket(ticket));
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kDispatchSend, dispatch_send_impl,
+                       PPLX_EXCHANGE()
+                           .Attr<bool>("scaled")
+                           .Arg<Any>()
+                           .Arg<Int>()
+                           .Arg<F32>()
+                           .Arg<Int>()
+                           .Arg<Int>()
+                           .RemainingArgs()
+                           .Ret<F32>()
+                           .Ret<Int>());
+
+XLA_FFI_DEFINE_HANDLER(kDispatchRecv, dispatch_recv_impl,
+                       PPLX_EXCHANGE()
+                           .Arg<F32>()
+                           .Arg<Int>()
+                           .RemainingArgs()
+                           .Ret<Any>()
+                           .Ret<F32>()
+                           .Ret<Int>()
+                           .Ret<Int>()
+                           .Ret<Int>()
+                           .Ret<Int>()
+                           .Ret<Int>()
+                           .Ret<Int>()
+                           .Ret<Int>()
+                           .Ret<F32>()
+                           .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER(
+    kCombineSend, combine_send_impl,
+    PPLX_EXCHANGE().Attr<bool>("weighted").Arg<Any>().Arg<F32>().PPLX_ROUTE().RemainingArgs().Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER(kCombineRecv, combine_recv_impl,
+                       PPLX_EXCHANGE()
+                           .Attr<bool>("accumulates")
+                           .Arg<F32>()
+                           .Arg<Int>()
+                           .Arg<Any>()
+                           .RemainingArgs()
+                           .Ret<Any>()
+                           .Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER(
+    kCombineTransposeSend, combine_transpose_send_impl,
+    PPLX_EXCHANGE().Attr<int64_t>("rows").Arg<Any>().PPLX_ROUTE().RemainingArgs().Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER(kCombineTransposeRecv, combine_transpose_recv_impl,
+                       PPLX_EXCHANGE()
+                           .Attr<bool>("weighted")
+                           .Arg<F32>()
+                           .Arg<Any>()
+                           .Arg<F32>()
+                           .PPLX_ROUTE()
+                           .Arg<Int>()
+                           .RemainingArgs()
+                           .Ret<Any>()
+                           .Ret<F32>()
+                           .Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER(kDispatchTransposeSend, dispatch_transpose_send_impl,
+                       PPLX_EXCHANGE().Arg<Any>().Arg<F32>().PPLX_ROUTE().RemainingArgs().Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER(
+    kDispatchTransposeRecv, dispatch_transpose_recv_impl,
+    PPLX_EXCHANGE().Arg<F32>().Arg<Int>().RemainingArgs().Ret<Any>().Ret<F32>().Ret<F32>());
+
+}  // namespace
+
+std::map<std::string, void*> cpu_half_handlers() {
+  return {{"pplx_dispatch_send", reinterpret_cast<void*>(+kDispatchSend)},
+          {"pplx_dispatch_recv", reinterpret_cast<void*>(+kDispatchRecv)},
+          {"pplx_combine_send", reinterpret_cast<void*>(+kCombineSend)},
+          {"pplx_combine_recv", reinterpret_cast<void*>(+kCombineRecv)},
+          {"pplx_combine_transpose_send", reinterpret_cast<void*>(+kCombineTransposeSend)},
+          {"pplx_combine_transpose_recv", reinterpret_cast<void*>(+kCombineTransposeRecv)},
+          {"pplx_dispatch_transpose_send", reinterpret_cast<void*>(+kDispatchTransposeSend)},
+          {"pplx_dispatch_transpose_recv", reinterpret_cast<void*>(+kDispatchTransposeRecv)}};
+}
+
+}  // namespace pplx::moe
