@@ -23,9 +23,9 @@ bool check_home_lengths(const MoeShape& shape, Exchange& exchange, const HomeSlo
 template <typename T, typename W>
 class HomeSender {
  public:
-  // `rows` [M, H]; each slot's are summed, times `weights` [M] unless those are null. `returned` [M], or
-  // null: one number of each row that goes along.
-  HomeSender(const Call& call, const Route& route, const void* rows, const float* weights,
+  // `rows` [M, H]; each slot's are summed, times `weights` [M] unless those are null. With `returns`, one
+  // number of each row, `returned` [M], goes along.
+  HomeSender(const Call& call, const Route& route, const void* rows, const float* weights, bool returns,
              const float* returned, int64_t stride)
       : call_(call),
         shape_(call.shape),
