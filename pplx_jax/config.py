@@ -16,7 +16,26 @@ DEFAULT_CHUNK = 512
 MAX_TOP_K = 16
 MAX_DEPTH = 6
 MAX_RANKS = 2048
-_DTYPES = {"float32": _core.DType.float32, "bfloat16": _core.DType.bfloat16}
+#: Values of a row that share a scale where tokens are quantised.
+SCALE_BLOCK = 128
+_DTYPES = {
+    "float32": _core.DType.float32,
+    "bfloat16": _core.DType.bfloat16,
+    "float16": _core.DType.float16,
+}
+_QUANTS = {None: _core.Quant.none, "fp8": _core.Quant.fp8, "fp8_ue8m0": _core.Quant.fp8_ue8m0}
+_SCALE_DTYPES = {"fp8": jnp.float32, "fp8_ue8m0": jnp.float8_e8m0fnu}
+
+
+def _dtype(name: str, value: Any) -> np.dtype[Any]:
+    allowed = ", ".join(_DTYPES)
+    try:
+        dtype: np.dtype[Any] = np.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be one of {allowed}, got {value!r}") from error
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"{name} must be one of {allowed}, got {dtype.name}")
+    return dtype
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
@@ -36,7 +55,7 @@ class Memory:
     staging: int
     """Send buffers: one a lane."""
     tokens: int
-    """``batch.tokens`` of a step of ``max_tokens``; XLA's memory, not the group's."""
+    """``batch.tokens`` (and scales) of a step of ``max_tokens``; XLA's memory, not the group's."""
 
     @property
     def total(self) -> int:
@@ -54,19 +73,27 @@ class ExchangeConfig:
       top_k: experts of a token, K, 1 to 16 and at most ``num_experts``.
       hidden: elements of a token's row, H.
       max_tokens: most tokens of one rank in a step.
-      dtype: of tokens and rows: float32 or bfloat16.
+      dtype: of tokens and rows: float32, bfloat16 or float16.
       rows: most rows a rank receives: a count (int), or a factor (float) of the balanced load
-        ``tokens * top_k``. None: room for the worst case. See ``on_overflow``.
+        ``tokens * top_k``. In the padded layout, the same of one expert (balanced load:
+        ``R * tokens * top_k / num_experts``). None: room for the worst case. See ``on_overflow``.
       chunk: tokens that one region holds; a larger step goes in rounds. Bounds the group's memory. Default
         ``min(max_tokens, 512)``.
       depth: exchanges that may be between send and recv; memory grows with it.
-      layout: "ragged": rows of one expert after another, ``group_sizes`` for ``jax.lax.ragged_dot``.
-      alignment: every expert's first row is a multiple of this; padding rows are zero and count in
-        ``group_sizes``.
+      layout: "ragged": [M, H], rows of one expert after another, ``group_sizes`` for
+        ``jax.lax.ragged_dot``. "padded": [EL, rows, H], as many rows for each expert; ``group_sizes`` says
+        how many hold a token.
+      alignment: every expert's first row is a multiple of this. In the ragged layout padding rows are zero
+        and count in ``group_sizes``.
       zero_tail: rows at and past ``sum(group_sizes)`` are zero; otherwise unspecified and never read.
       on_overflow: "raise" (a ``RoutingError``; outputs are NaN) or "drop": every expert keeps its first
         ``c`` rows with the largest common ``c`` that fits, dropped pairs contribute nothing, forward and
         backward, and ``batch.num_dropped`` counts them.
+      quant: None, or "fp8": dispatched tokens are float8 e4m3 with a float32 scale for each 128 values of a
+        row; "fp8_ue8m0": the scales are powers of two in a byte each. dispatch quantises, unless it is
+        given ``scales=``. What comes back is never quantised. Format and bits: docs/protocol.md.
+      combine_dtype: of rows on their way home, forward and backward: float32 keeps the experts' partial
+        sums unrounded, for twice the bytes. None: ``dtype``.
 
     Raises:
       TypeError, ValueError: which field, what it was, what is allowed.
@@ -80,10 +107,12 @@ class ExchangeConfig:
     rows: int | float | None = None
     chunk: int | None = None
     depth: int = 1
-    layout: Literal["ragged"] = "ragged"
+    layout: Literal["ragged", "padded"] = "ragged"
     alignment: int = 1
     zero_tail: bool = True
     on_overflow: Literal["raise", "drop"] = "raise"
+    quant: Literal["fp8", "fp8_ue8m0"] | None = None
+    combine_dtype: Any = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -96,19 +125,20 @@ class ExchangeConfig:
         put(self, "chunk", _integer("chunk", self.chunk, 1, self.max_tokens))
         put(self, "depth", _integer("depth", self.depth, 1, MAX_DEPTH))
         put(self, "alignment", _integer("alignment", self.alignment, 1, 4096))
-        try:
-            put(self, "dtype", np.dtype(self.dtype))
-        except TypeError as error:
-            raise TypeError(f"dtype must be float32 or bfloat16, got {self.dtype!r}") from error
-        if self.dtype.name not in _DTYPES:
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype.name}")
+        put(self, "dtype", _dtype("dtype", self.dtype))
+        home = self.dtype if self.combine_dtype is None else _dtype("combine_dtype", self.combine_dtype)
+        if home not in (self.dtype, np.dtype(np.float32)):
+            raise ValueError(f"combine_dtype must be float32 or dtype, {self.dtype.name}, got {home.name}")
+        put(self, "combine_dtype", home)
+        if self.quant not in _QUANTS:
+            raise ValueError(f'quant must be None, "fp8" or "fp8_ue8m0", got {self.quant!r}')
         if isinstance(self.rows, float):
             if not (math.isfinite(self.rows) and self.rows > 0):
                 raise ValueError(f"rows as a factor of the balanced load must be > 0, got {self.rows}")
         elif self.rows is not None:
             put(self, "rows", _integer("rows", self.rows, 1, (1 << 31) - 1))
-        if self.layout != "ragged":
-            raise ValueError(f'layout must be "ragged", got {self.layout!r}')
+        if self.layout not in ("ragged", "padded"):
+            raise ValueError(f'layout must be "ragged" or "padded", got {self.layout!r}')
         if self.on_overflow not in ("raise", "drop"):
             raise ValueError(f'on_overflow must be "raise" or "drop", got {self.on_overflow!r}')
         if not isinstance(self.zero_tail, bool):
@@ -123,11 +153,39 @@ class ExchangeConfig:
         ``num_ranks`` ranks: the worst case, or ``rows`` where that is less."""
         tokens = self.max_tokens if tokens is None else tokens
         experts = self.experts_per_rank(num_ranks) if experts_per_rank is None else experts_per_rank
+        if self.layout == "padded":
+            return experts * self.rows_per_expert(num_ranks, tokens)
         worst = num_ranks * tokens * min(self.top_k, experts) + experts * (self.alignment - 1)
         if self.rows is None:
             return worst
         rows = math.ceil(self.rows * tokens * self.top_k) if isinstance(self.rows, float) else self.rows
         return min(rows, worst)
+
+    def rows_per_expert(self, num_ranks: int, tokens: int | None = None) -> int:
+        """Rows of each expert in the padded layout, a multiple of ``alignment``."""
+        tokens = self.max_tokens if tokens is None else tokens
+        rows = num_ranks * tokens
+        if isinstance(self.rows, float):
+            rows = min(rows, math.ceil(self.rows * rows * self.top_k / self.num_experts))
+        elif self.rows is not None:
+            rows = min(rows, self.rows)
+        return -(-rows // self.alignment) * self.alignment
+
+    @property
+    def token_dtype(self) -> np.dtype[Any]:
+        """Of ``batch.tokens``: ``dtype``, or float8_e4m3fn where tokens are quantised."""
+        quantized: np.dtype[Any] = np.dtype(jnp.float8_e4m3fn)
+        return np.dtype(self.dtype) if self.quant is None else quantized
+
+    @property
+    def scale_dtype(self) -> np.dtype[Any] | None:
+        """Of ``batch.scales``: float32 or float8_e8m0fnu, or None where tokens are not quantised."""
+        return None if self.quant is None else np.dtype(_SCALE_DTYPES[self.quant])
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of a row: one for each 128 values, or 0 where tokens are not quantised."""
+        return 0 if self.quant is None else -(-self.hidden // SCALE_BLOCK)
 
     def memory(self, num_ranks: int, experts_per_rank: int | None = None) -> Memory:
         """Bytes that a group of ``num_ranks`` allocates on each rank."""
@@ -139,7 +197,11 @@ class ExchangeConfig:
         return Memory(
             regions=lanes * num_ranks * region,
             staging=lanes * staging,
-            tokens=rows * self.hidden * self.dtype.itemsize,
+            tokens=rows
+            * (
+                self.hidden * self.token_dtype.itemsize
+                + self.num_scales * (self.scale_dtype.itemsize if self.scale_dtype else 0)
+            ),
         )
 
     def shape(self, rank: int, num_ranks: int, experts_per_rank: int) -> _core.MoeShape:
@@ -155,6 +217,9 @@ class ExchangeConfig:
         shape.chunk = self.chunk or self.max_tokens
         shape.alignment = self.alignment
         shape.dtype = _DTYPES[self.dtype.name]
+        shape.home_dtype = _DTYPES[self.combine_dtype.name]
+        shape.quant = _QUANTS[self.quant]
+        shape.padded = self.layout == "padded"
         shape.zero_tail = self.zero_tail
         shape.drop = self.on_overflow == "drop"
         return shape

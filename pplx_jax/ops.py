@@ -2,6 +2,8 @@
 
 dispatch and combine are each other's transpose. Every call also returns ``order``, a float32 zero that XLA
 cannot know to be zero: it carries the ordering of ``after=`` into the backward pass, reversed.
+
+The halves (send and recv apart) are in ``halves.py``.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pplx_jax import _core, compat
+from pplx_jax.config import SCALE_BLOCK
 
 for _name, _handler in _core.registrations().items():
     jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
 
 #: Operands that only order: float32 or integer arrays of at most one element.
 After: TypeAlias = tuple[jax.Array, ...]
+#: Name, shape and dtype of custom calls' results.
+Results: TypeAlias = list[tuple[tuple[int, ...], Any]]
+
+I32, F32 = np.dtype(np.int32), np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,11 @@ class Call:
     messages: int
     """rounds * R"""
     weighted: bool = True
+    token_dtype: str = ""
+    """Of dispatched tokens; "" for dtype."""
+    scales: int = 0
+    """Scales a dispatched row."""
+    scale_dtype: str = ""
 
     def attributes(self) -> dict[str, Any]:
         """Attributes of every custom call."""
@@ -58,30 +70,43 @@ class RouteArrays(NamedTuple):
     ok: jax.Array
 
 
-class Dispatched(NamedTuple):
-    """Results of the dispatch call."""
+class Tokens(NamedTuple):
+    """Operands of a dispatch. ``scales`` is None unless ``x`` is quantised already."""
 
-    tokens: jax.Array
+    x: jax.Array
+    scales: jax.Array | None
+    weights: jax.Array
+    indices: jax.Array
+    num_tokens: jax.Array
+    expert_map: jax.Array
+
+
+class Dispatched(NamedTuple):
+    """Results of a dispatch. ``values`` is differentiable; where tokens are quantised it is what ``tokens``
+    and ``scales`` stand for, otherwise these are None."""
+
+    values: jax.Array
     row_weights: jax.Array
     order: jax.Array
+    tokens: jax.Array | None
+    scales: jax.Array | None
     group_sizes: jax.Array
     num_rows: jax.Array
     num_dropped: jax.Array
     route: RouteArrays
 
 
-def _exchange(
-    target: str, results: list[tuple[tuple[int, ...], Any]], operands: list[jax.Array], **attributes: Any
-) -> list[jax.Array]:
+def exchange(target: str, results: Results, operands: list[jax.Array], **attributes: Any) -> list[jax.Array]:
+    """The custom call ``target``."""
     types = [compat.result_type(operands, shape, dtype) for shape, dtype in results]
     # Sequential: one call after the other for the elements of a vmapped axis.
     call = jax.ffi.ffi_call(target, types, vmap_method="sequential")
     return list(call(*operands, **attributes))
 
 
-def _after_cotangents(after: After, order: jax.Array) -> tuple[Any, ...]:
-    # Zero, but computed by the transposed exchange: whatever the operand came from runs its own backward
-    # exchange after it.
+def after_cotangents(after: After, order: jax.Array) -> tuple[Any, ...]:
+    """Cotangents of ``after``: zero, but computed by the transposed exchange, so that whatever the operand
+    came from runs its own backward exchange after it."""
     return tuple(
         jnp.broadcast_to(order, a.shape).astype(a.dtype)
         if jnp.issubdtype(a.dtype, jnp.floating)
@@ -90,83 +115,130 @@ def _after_cotangents(after: After, order: jax.Array) -> tuple[Any, ...]:
     )
 
 
-# --- dispatch --------------------------------------------------------------------------------------------
-
-
-def _dispatch_call(
-    call: Call,
-    x: jax.Array,
-    weights: jax.Array,
-    indices: jax.Array,
-    num_tokens: jax.Array,
-    expert_map: jax.Array,
-    after: After,
-) -> Dispatched:
-    i32, f32 = np.dtype(np.int32), np.dtype(np.float32)
-    tokens, row_weights, group_sizes, num_rows, num_dropped, ok, home, *rest, order = _exchange(
-        "pplx_dispatch",
-        [
-            ((call.rows, call.hidden), x.dtype),
-            ((call.rows,), f32),
-            ((call.experts_per_rank,), i32),
-            ((), i32),
-            ((), i32),
-            ((), i32),
-            (indices.shape, i32),
-            ((call.messages,), i32),
-            ((call.slots + 1,), i32),
-            ((call.slots * call.entries,), i32),
-            ((), f32),
-        ],
-        [x, indices, weights, num_tokens, expert_map, *after],
-        **call.attributes(),
+def zero_cotangents(arrays: Any) -> Any:
+    """Cotangents of operands without a derivative."""
+    return jax.tree.map(
+        lambda a: jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.inexact) else compat.zero_cotangent(a),
+        arrays,
     )
-    route = RouteArrays(home, rest[0], rest[1], rest[2], ok)
-    return Dispatched(tokens, row_weights, order, group_sizes, num_rows, num_dropped, route)
+
+
+def dequantize(tokens: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
+    """[..., H] float8 times a scale for each 128 of them, rounded once, to ``dtype``."""
+    spread = jnp.repeat(scales.astype(F32), SCALE_BLOCK, axis=-1)[..., : tokens.shape[-1]]
+    return (tokens.astype(F32) * spread).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dispatch(
-    call: Call,
-    x: jax.Array,
-    weights: jax.Array,
-    indices: jax.Array,
-    num_tokens: jax.Array,
-    expert_map: jax.Array,
-    after: After,
-) -> Dispatched:
+def not_differentiable(why: str, x: jax.Array) -> jax.Array:
+    """``x``; differentiating through it raises a TypeError that says ``why``."""
+    del why
+    return x
+
+
+def _refuse(why: str, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    del cotangent
+    raise TypeError(why)
+
+
+not_differentiable.defvjp(lambda why, x: (x, None), _refuse)
+
+
+# --- dispatch --------------------------------------------------------------------------------------------
+
+
+def dispatch_operands(tokens: Tokens) -> tuple[list[jax.Array], dict[str, Any]]:
+    """Operands and attributes of dispatch and its sending half."""
+    operands = [tokens.x, tokens.indices, tokens.weights, tokens.num_tokens, tokens.expert_map]
+    scaled = tokens.scales is not None
+    return [*operands, *([] if tokens.scales is None else [tokens.scales])], {"scaled": scaled}
+
+
+def dispatch_results(call: Call) -> tuple[Results, Results]:
+    """Results of a dispatch before ``home`` and from ``source_slots`` on."""
+    first: Results = [
+        ((call.rows, call.hidden), np.dtype(call.token_dtype or call.dtype)),
+        ((call.rows,), F32),
+        ((call.experts_per_rank,), I32),
+        ((), I32),
+        ((), I32),
+        ((), I32),
+    ]
+    last: Results = [
+        ((call.messages,), I32),
+        ((call.slots + 1,), I32),
+        ((call.slots * call.entries,), I32),
+        ((), F32),
+    ]
+    if call.scales:
+        last.append(((call.rows, call.scales), np.dtype(call.scale_dtype)))
+    return first, last
+
+
+def dispatched(call: Call, first: list[jax.Array], home: jax.Array, last: list[jax.Array]) -> Dispatched:
+    """Names a dispatch's results."""
+    tokens, row_weights, group_sizes, num_rows, num_dropped, ok = first
+    source_slots, slot_start, slot_rows, order, *rest = last
+    route = RouteArrays(home, source_slots, slot_start, slot_rows, ok)
+    counts = (group_sizes, num_rows, num_dropped, route)
+    if not rest:
+        return Dispatched(tokens, row_weights, order, None, None, *counts)
+    values = dequantize(tokens, rest[0], call.dtype)
+    return Dispatched(values, row_weights, order, tokens, rest[0], *counts)
+
+
+def _dispatch_call(call: Call, tokens: Tokens, after: After) -> Dispatched:
+    operands, attributes = dispatch_operands(tokens)
+    first, last = dispatch_results(call)
+    results = [*first, (tokens.indices.shape, I32), *last]
+    out = exchange("pplx_dispatch", results, [*operands, *after], **attributes, **call.attributes())
+    return dispatched(call, out[: len(first)], out[len(first)], out[len(first) + 1 :])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatch(call: Call, tokens: Tokens, after: After) -> Dispatched:
     """Tokens to their experts. Differentiable in ``x`` and ``weights``."""
-    return _dispatch_call(call, x, weights, indices, num_tokens, expert_map, after)
+    return _dispatch_call(call, tokens, after)
 
 
-def _dispatch_fwd(
-    call: Call,
-    x: jax.Array,
-    weights: jax.Array,
-    indices: jax.Array,
-    num_tokens: jax.Array,
-    expert_map: jax.Array,
-    after: After,
-) -> tuple[Dispatched, tuple[Any, ...]]:
-    out = _dispatch_call(call, x, weights, indices, num_tokens, expert_map, after)
-    return out, (out.route, indices, num_tokens, expert_map, after)
+def saved_tokens(tokens: Tokens) -> Tokens:
+    """What the derivative needs: shapes, and of ``x`` not even that unless it is quantised."""
+    return tokens if tokens.scales is not None else tokens._replace(x=tokens.num_tokens)
 
 
-def _dispatch_bwd(call: Call, residuals: tuple[Any, ...], cotangents: Dispatched) -> tuple[Any, ...]:
-    route, indices, num_tokens, expert_map, after = residuals
+def _dispatch_fwd(call: Call, tokens: Tokens, after: After) -> tuple[Dispatched, Any]:
+    out = _dispatch_call(call, tokens, after)
+    return out, (out.route, saved_tokens(tokens), after)
+
+
+def _dispatch_bwd(call: Call, residuals: Any, cotangents: Dispatched) -> tuple[Any, ...]:
+    route, tokens, after = residuals
     # cotangents.order is an operand only to order: exchanges that came after this one come before it now.
-    d_x, d_weights, order = _exchange(
+    d_x, d_weights, order = exchange(
         "pplx_dispatch_transpose",
-        [
-            ((route.home.shape[0], call.hidden), cotangents.tokens.dtype),
-            (route.home.shape, np.dtype(np.float32)),
-            ((), np.dtype(np.float32)),
-        ],
-        [cotangents.tokens, cotangents.row_weights, *route, cotangents.order],
+        transpose_results(call, route.home),
+        [cotangents.values, cotangents.row_weights, *route, cotangents.order],
         **call.attributes(),
     )
-    zeros = tuple(compat.zero_cotangent(a) for a in (indices, num_tokens, expert_map))
-    return (d_x, d_weights, *zeros, _after_cotangents(after, order))
+    return token_cotangents(tokens, d_x, d_weights), after_cotangents(after, order)
+
+
+def transpose_results(call: Call, home: jax.Array) -> Results:
+    """Results of dispatch's transpose."""
+    return [((home.shape[0], call.hidden), np.dtype(call.dtype)), (home.shape, F32), ((), F32)]
+
+
+def token_cotangents(tokens: Tokens, d_x: jax.Array, d_weights: jax.Array) -> Tokens:
+    """Cotangents of a dispatch's operands."""
+    return Tokens(
+        x=d_x if tokens.scales is None else jnp.zeros_like(tokens.x),
+        scales=None if tokens.scales is None else jnp.zeros_like(tokens.scales),
+        weights=d_weights,
+        **{
+            name: compat.zero_cotangent(getattr(tokens, name))
+            for name in ("indices", "num_tokens", "expert_map")
+        },
+    )
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -175,18 +247,24 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 # --- combine ---------------------------------------------------------------------------------------------
 
 
+class Rows(NamedTuple):
+    """Operands of a combine."""
+
+    y: jax.Array
+    row_weights: jax.Array
+    route: RouteArrays
+    group_sizes: jax.Array
+    """The derivative needs them."""
+
+
 def _combine_call(
-    call: Call,
-    y: jax.Array,
-    row_weights: jax.Array,
-    accumulate: jax.Array | None,
-    route: RouteArrays,
-    after: After,
+    call: Call, rows: Rows, accumulate: jax.Array | None, after: After
 ) -> tuple[jax.Array, jax.Array]:
-    out, order = _exchange(
+    route = rows.route
+    out, order = exchange(
         "pplx_combine",
-        [((route.home.shape[0], call.hidden), y.dtype), ((), np.dtype(np.float32))],
-        [y, row_weights, *route, route.ok if accumulate is None else accumulate, *after],
+        combine_results(call, route.home),
+        [rows.y, rows.row_weights, *route, route.ok if accumulate is None else accumulate, *after],
         weighted=call.weighted,
         accumulates=accumulate is not None,
         **call.attributes(),
@@ -194,68 +272,64 @@ def _combine_call(
     return out, order
 
 
+def combine_results(call: Call, home: jax.Array) -> Results:
+    """Results of combine."""
+    return [((home.shape[0], call.hidden), np.dtype(call.dtype)), ((), F32)]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(
-    call: Call,
-    y: jax.Array,
-    row_weights: jax.Array,
-    accumulate: jax.Array | None,
-    route: RouteArrays,
-    group_sizes: jax.Array,
-    after: After,
+    call: Call, rows: Rows, accumulate: jax.Array | None, after: After
 ) -> tuple[jax.Array, jax.Array]:
     """Experts' outputs home, summed. Differentiable in ``y``, ``row_weights`` and ``accumulate``."""
-    del group_sizes  # the derivative needs them
-    return _combine_call(call, y, row_weights, accumulate, route, after)
+    return _combine_call(call, rows, accumulate, after)
 
 
-def _combine_fwd(
-    call: Call,
-    y: jax.Array,
-    row_weights: jax.Array,
-    accumulate: jax.Array | None,
-    route: RouteArrays,
-    group_sizes: jax.Array,
-    after: After,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    out = _combine_call(call, y, row_weights, accumulate, route, after)
-    saved = y if call.weighted else None
-    return out, (saved, row_weights, accumulate is not None, route, group_sizes, after)
+def _combine_fwd(call: Call, rows: Rows, accumulate: jax.Array | None, after: After) -> tuple[Any, Any]:
+    out = _combine_call(call, rows, accumulate, after)
+    return out, (saved_rows(call, rows), accumulate is not None, after)
 
 
-def _combine_bwd(
-    call: Call, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[Any, ...]:
-    y, row_weights, accumulated, route, group_sizes, after = residuals
+def saved_rows(call: Call, rows: Rows) -> Rows:
+    """What the derivative needs: ``y`` only where rows are weighted."""
+    return rows if call.weighted else rows._replace(y=rows.route.ok)
+
+
+def _combine_bwd(call: Call, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    rows, accumulated, after = residuals
     d_out, d_order = cotangents
-    d_y, d_row_weights, order = _exchange(
+    d_y, d_row_weights, order = exchange(
         "pplx_combine_transpose",
-        [
-            ((call.rows, call.hidden), d_out.dtype),
-            ((call.rows,), np.dtype(np.float32)),
-            ((), np.dtype(np.float32)),
-        ],
-        [d_out, route.ok if y is None else y, row_weights, *route, group_sizes, d_order],
+        row_results(call),
+        [d_out, rows.y, rows.row_weights, *rows.route, rows.group_sizes, d_order],
         weighted=call.weighted,
         **call.attributes(),
     )
-    d_accumulate = None
-    if accumulated:
-        # Rows at and past num_tokens come out zero whatever is accumulated.
-        past_end = route.home[:, :1] == _PAST_END
-        d_accumulate = jnp.where(past_end, jnp.zeros_like(d_out), d_out)
-    zeros = RouteArrays(*(compat.zero_cotangent(a) for a in route))
     return (
-        d_y,
-        d_row_weights,
-        d_accumulate,
-        zeros,
-        compat.zero_cotangent(group_sizes),
-        _after_cotangents(after, order),
+        row_cotangents(rows, d_y, d_row_weights),
+        accumulate_cotangent(rows.route.home, d_out) if accumulated else None,
+        after_cotangents(after, order),
     )
 
 
+def row_results(call: Call) -> Results:
+    """Results of combine's transpose."""
+    return [((call.rows, call.hidden), np.dtype(call.dtype)), ((call.rows,), F32), ((), F32)]
+
+
+def row_cotangents(rows: Rows, d_y: jax.Array, d_row_weights: jax.Array) -> Rows:
+    """Cotangents of a combine's operands."""
+    return Rows(d_y, d_row_weights, zero_cotangents(rows.route), compat.zero_cotangent(rows.group_sizes))
+
+
 _PAST_END = -2  # layout.h: kPastEnd
+
+
+def accumulate_cotangent(home: jax.Array, d_out: jax.Array) -> jax.Array:
+    """Rows at and past num_tokens come out zero whatever is accumulated."""
+    return jnp.where(home[:, :1] == _PAST_END, jnp.zeros_like(d_out), d_out)
+
+
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 

@@ -28,7 +28,10 @@ def row_experts(batch: Any) -> jax.Array:
 
 
 def experts(batch: Any, scale: jax.Array) -> jax.Array:
-    return batch.tokens * scale.astype(batch.tokens.dtype)[row_experts(batch)][:, None]
+    scale = scale.astype(batch.values.dtype)
+    if batch.values.ndim == 3:  # padded
+        return batch.values * scale[:, None, None]
+    return batch.values * scale[row_experts(batch)][:, None]
 
 
 def sharded(ep: ExpertParallel, **options: Any) -> Any:
@@ -82,9 +85,12 @@ class Case:
 
     def expected(self) -> np.ndarray:
         """The same bits as the exchange: on a rank in top-k column order, at home in rank order, products
-        and sums rounded apart in float32, rows rounded to the config's dtype."""
+        and sums rounded apart in float32, rows rounded to the config's dtype, on their way home to its
+        combine_dtype; the tokens are quantised first where the config says so."""
         dtype, per_rank = self.ep.config.dtype, self.ep.experts_per_rank
+        travels = self.ep.config.combine_dtype
         out = np.zeros_like(self.x)
+        tokens = self.x if self.ep.config.quant is None else dequantized(self.ep.config, *quantized(self))
         for t in np.flatnonzero(self.valid()):
             total = None
             chosen = self.indices[t]
@@ -93,14 +99,37 @@ class Case:
                 for k, e in enumerate(chosen):
                     if e < 0 or e // per_rank != rank:
                         continue
-                    scaled = self.x[t].astype(np.float32) * self.scale[e]
+                    scaled = tokens[t].astype(np.float32) * self.scale[e]
                     term = self.weights[t, k] * scaled.astype(dtype).astype(np.float32)
                     partial = term if partial is None else partial + term
-                row = partial.astype(dtype).astype(np.float32)
+                row = partial.astype(travels).astype(np.float32)
                 total = row if total is None else total + row
             if total is not None:
                 out[t] = total.astype(dtype)
         return out
+
+
+def quantized(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The case's tokens as float8 e4m3 and their scales, as docs/protocol.md defines them."""
+    config = case.ep.config
+    x = case.x.astype(np.float32)
+    blocks = -(-config.hidden // 128)
+    padded = np.zeros((len(x), blocks * 128), np.float32)
+    padded[:, : config.hidden] = x
+    largest = np.maximum(np.abs(padded).reshape(len(x), blocks, 128).max(-1), np.float32(2.0**-100))
+    if config.quant == "fp8":
+        scales, inverse = largest / np.float32(448), np.float32(448) / largest
+    else:
+        scales = np.exp2(np.ceil(np.log2(largest.astype(np.float64) / 448))).astype(np.float32)
+        inverse = 1 / scales
+    values = padded * np.repeat(inverse, 128, axis=1)
+    values = np.clip(values, -448, 448).astype(config.token_dtype)[:, : config.hidden]
+    return values, scales.astype(config.scale_dtype)
+
+
+def dequantized(config: Any, values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    spread = np.repeat(scales.astype(np.float32), 128, axis=1)[:, : config.hidden]
+    return (values.astype(np.float32) * spread).astype(config.dtype)
 
 
 def dense(x: Any, indices: Any, weights: Any, scale: Any, valid: Any) -> jax.Array:

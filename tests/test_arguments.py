@@ -32,9 +32,11 @@ GOOD = dict(num_experts=8, top_k=2, hidden=16, max_tokens=8, dtype="float32")
         ({"rows": 0}, ValueError, "rows must be in 1.."),
         ({"rows": -0.5}, ValueError, "rows as a factor"),
         ({"rows": "all"}, TypeError, "rows must be an int"),
-        ({"dtype": "float64"}, ValueError, "dtype must be float32 or bfloat16, got float64"),
-        ({"dtype": "nonsense"}, TypeError, "dtype must be float32 or bfloat16"),
-        ({"layout": "padded"}, ValueError, 'layout must be "ragged"'),
+        ({"dtype": "float64"}, ValueError, "dtype must be one of float32, bfloat16, float16, got float64"),
+        ({"dtype": "nonsense"}, TypeError, "dtype must be one of float32"),
+        ({"layout": "rows"}, ValueError, 'layout must be "ragged" or "padded", got \'rows\''),
+        ({"quant": "int8"}, ValueError, 'quant must be None, "fp8" or "fp8_ue8m0", got \'int8\''),
+        ({"combine_dtype": "bfloat16"}, ValueError, "combine_dtype must be float32 or dtype, float32, got"),
         ({"alignment": 0}, ValueError, "alignment must be in 1..4096"),
         ({"zero_tail": 1}, TypeError, "zero_tail must be a bool"),
         ({"on_overflow": "ignore"}, ValueError, "on_overflow must be"),
@@ -106,7 +108,9 @@ def arrays(**changes):
         ({"weights": np.zeros((6, 2), np.float16)}, TypeError, "weights must be float32"),
         ({"num_tokens": np.zeros(2, np.int32)}, TypeError, "num_tokens must be an integer scalar"),
         ({"num_tokens": 1.5}, TypeError, "num_tokens must be an integer scalar"),
-        ({"scales": np.zeros(2)}, ValueError, "scales"),
+        ({"scales": np.zeros((6, 1), np.float32)}, ValueError, "scales: the config has quant=None"),
+        ({"expert_map": np.zeros(5, np.int32)}, ValueError, r"expert_map must be \[2, 4\] or flat"),
+        ({"expert_map": np.zeros(8, np.float32)}, TypeError, "expert_map must hold integers"),
         ({"name": 3}, TypeError, "name must be a string"),
     ],
 )
@@ -115,6 +119,7 @@ def test_dispatch(changes, error, text):
 
     def per_shard():
         given = arrays(**changes)
+        given["x"] = jax.lax.pcast(jnp.asarray(given["x"]), "ep", to="varying")
         return ep.dispatch(given.pop("x"), given.pop("indices"), given.pop("weights"), **given)
 
     with pytest.raises(error, match=text):
@@ -159,11 +164,69 @@ def test_combine(change, error, text):
     other = ExpertParallel(make_mesh(2), name="another", **GOOD)
 
     def per_shard():
-        batch, route = ep.dispatch(**arrays())
+        given = arrays()
+        given["x"] = jax.lax.pcast(given["x"], "ep", to="varying")
+        batch, route = ep.dispatch(**given)
         return change(ep, other, batch.tokens, route)
 
     with pytest.raises(error, match=text):
         jax.eval_shape(jax.shard_map(per_shard, mesh=ep.mesh, in_specs=(), out_specs=SPEC))
+
+
+def test_replicated_tokens_are_refused():
+    """Every rank of the axis would send the same tokens; the error says how to slice them."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "tp"))
+    ep = ExpertParallel(mesh, axis=("dp", "tp"), **GOOD)
+    given = arrays(x=jnp.zeros((8, 16), jnp.float32))
+
+    def per_shard(x, slices):
+        if slices:
+            n = x.shape[0] // jax.lax.axis_size("tp")
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("tp") * n, n)
+        shape = (x.shape[0], 2)
+        batch, route = ep.dispatch(x, jnp.full(shape, -1, jnp.int32), jnp.ones(shape, jnp.float32))
+        return ep.combine(batch.tokens, route)
+
+    specs = {"mesh": mesh, "in_specs": jax.P("dp"), "out_specs": jax.P(("dp", "tp"))}
+    with pytest.raises(ValueError, match=r"x is replicated over axis 'tp'.*in_specs=P\(\('dp', 'tp'\)\)"):
+        jax.eval_shape(jax.shard_map(lambda x: per_shard(x, False), **specs), given["x"])
+    # The recipe in that message.
+    out = jax.eval_shape(jax.shard_map(lambda x: per_shard(x, True), **specs), given["x"])
+    assert out.shape == (8, 16)
+
+
+def test_partial_manual_is_refused():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "ep"))
+    ep = ExpertParallel(mesh, **GOOD)
+
+    def per_shard(x):
+        shape = (x.shape[0], 2)
+        return ep.dispatch(x, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))[0].tokens
+
+    function = jax.shard_map(per_shard, mesh=mesh, in_specs=SPEC, out_specs=SPEC, axis_names={"ep"})
+    with pytest.raises(
+        ValueError, match=r"every axis of the mesh manual, 'dp' is not: leave out axis_names="
+    ):
+        jax.eval_shape(jax.jit(function), jax.ShapeDtypeStruct((8, 16), jnp.float32))
+
+
+def test_halves():
+    ep = ExpertParallel(make_mesh(2), chunk=4, **GOOD)
+    other = ExpertParallel(make_mesh(2), name="another", **GOOD)
+
+    def inputs(n):
+        indices = np.zeros((n, 2), np.int32)
+        return np.zeros((n, 16), np.float32), indices, np.zeros((n, 2), np.float32)
+
+    def refuses(body, error, text, tokens=8):
+        function = jax.shard_map(body, mesh=ep.mesh, in_specs=SPEC, out_specs=SPEC)
+        with pytest.raises(error, match=text):
+            jax.eval_shape(function, *inputs(tokens))
+
+    refuses(ep.dispatch_send, ValueError, "x has 6 tokens and chunk is 4: make chunk at least", tokens=12)
+    refuses(lambda *a: ep.dispatch_recv(a[0]), TypeError, "sent must come from dispatch_send")
+    refuses(lambda *a: other.dispatch_recv(ep.dispatch_send(*a)), ValueError, "another group's dispatch_send")
+    refuses(lambda *a: ep.combine_recv(ep.dispatch_send(*a)), TypeError, "sent must come from combine_send")
 
 
 def fails_once_then_works(ep, case, broken, text):

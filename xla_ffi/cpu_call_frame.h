@@ -127,30 +127,30 @@ struct RouteBuffers {
 
 // Results of a dispatch, as one bundle of buffers. Scales come only where tokens are quantised.
 struct DispatchedBuffers {
-  Out<Any> tokens;
-  Out<F32> row_weights;
-  Out<Int> group_sizes, num_rows, num_dropped;
+  Any tokens;
+  F32 row_weights;
+  Int group_sizes, num_rows, num_dropped;
   RouteBuffers route;
   ffi::RemainingRets scales;
 
   DispatchRecv view(const MoeShape& shape) const {
-    const int64_t rows = (*tokens).dimensions()[0];
-    require_tokens(*tokens, shape, rows, "tokens");
-    require_count(*row_weights, rows, "row weights");
-    require_count(*group_sizes, shape.experts_per_rank, "group sizes");
+    const int64_t rows = tokens.dimensions()[0];
+    require_tokens(tokens, shape, rows, "tokens");
+    require_count(row_weights, rows, "row weights");
+    require_count(group_sizes, shape.experts_per_rank, "group sizes");
     void* scale_data = nullptr;
     if (shape.quant != Quant::kNone) {
-      const auto buffer = scales.get<Any>(0);
+      auto buffer = scales.get<Any>(0);
       require(!buffer.has_error(), "scales");
       require_scales(**buffer, shape, rows, "scales");
       scale_data = (**buffer).untyped_data();
     }
-    return {.tokens = (*tokens).untyped_data(),
+    return {.tokens = tokens.untyped_data(),
             .scales = scale_data,
-            .row_weights = (*row_weights).typed_data(),
-            .group_sizes = (*group_sizes).typed_data(),
-            .num_rows = (*num_rows).typed_data(),
-            .num_dropped = (*num_dropped).typed_data(),
+            .row_weights = row_weights.typed_data(),
+            .group_sizes = group_sizes.typed_data(),
+            .num_rows = num_rows.typed_data(),
+            .num_dropped = num_dropped.typed_data(),
             .route = route.view(shape, rows)};
   }
 };

@@ -49,8 +49,8 @@ ffi::Error dispatch_recv_impl(int64_t group, int64_t tag, std::string_view site,
                               Out<Int> num_dropped, Out<Int> ok, Out<Int> source_slots, Out<Int> slot_start,
                               Out<Int> slot_rows, Out<F32> order, ffi::RemainingRets scales) {
   *order->typed_data() = 0.0F;
-  const DispatchedBuffers out{tokens,   row_weights, group_sizes,
-                              num_rows, num_dropped, {home, *source_slots, *slot_start, *slot_rows, *ok},
+  const DispatchedBuffers out{*tokens,   *row_weights, *group_sizes,
+                              *num_rows, *num_dropped, {home, *source_slots, *slot_start, *slot_rows, *ok},
                               scales};
   return run(
       Kind::kDispatch, {group, tag, site, run_id, device}, home.dimensions()[0],

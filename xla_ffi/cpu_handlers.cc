@@ -15,8 +15,8 @@ ffi::Error dispatch_impl(int64_t group, int64_t tag, std::string_view site, ffi:
                          ffi::RemainingRets scales) {
   *order->typed_data() = 0.0F;
   const TokenBuffers in{x, indices, weights, num_tokens, expert_map, rest, scaled};
-  const DispatchedBuffers out{tokens,   row_weights, group_sizes,
-                              num_rows, num_dropped, {*home, *source_slots, *slot_start, *slot_rows, *ok},
+  const DispatchedBuffers out{*tokens,   *row_weights, *group_sizes,
+                              *num_rows, *num_dropped, {*home, *source_slots, *slot_start, *slot_rows, *ok},
                               scales};
   return run(Kind::kDispatch, {group, tag, site, run_id, device}, x.dimensions()[0], [&](const Call& call) {
     return dispatch(call, in.view(call.shape, *home), out.view(call.shape));
