@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from moe_oracle import SPEC, Case, dense, experts, make_mesh, same_bits
 
-from pplx_jax import ExpertParallel
+from pplx_jax import ExpertParallel, MismatchError
 
 SMALL = dict(num_experts=10, top_k=3, hidden=16, max_tokens=8, dtype="float32")
 
@@ -136,20 +136,25 @@ def test_received_twice():
 
 
 def test_more_under_way_than_depth():
+    with ExpertParallel(make_mesh(2), name="twice in flight", depth=2, **SMALL) as ep:
+        shard(ep, lambda x, i, w: beyond(ep, x, i, w))(*Case(ep, 8, 1).args[:3]).block_until_ready()
+        ep.check()
+    with pytest.raises(MismatchError, match=r"at most depth=1 may be under way"):
+        overdraw()
+
+
+def overdraw():
     with ExpertParallel(make_mesh(2), name="too many", **SMALL) as ep:
-        case = Case(ep, 8, 1)
+        out = shard(ep, lambda x, i, w: beyond(ep, x, i, w))(*Case(ep, 8, 1).args[:3])
+        assert np.isnan(np.asarray(out)).all()
 
-        def per_shard(x, i, w):
-            first = ep.dispatch_send(x, i, w)
-            second = ep.dispatch_send(x, i, w, after=first)
-            batch, _ = ep.dispatch_recv(first, after=second)
-            other, _ = ep.dispatch_recv(second, after=batch)
-            return batch.tokens + other.tokens
 
-        step = shard(ep, per_shard)
-        assert np.isnan(np.asarray(step(*case.args[:3]))).all()
-        with pytest.raises(Exception, match=r"at most depth=1 may be under way"):
-            ep.check()
+def beyond(ep, x, i, w):
+    first = ep.dispatch_send(x, i, w)
+    second = ep.dispatch_send(x, i, w, after=first)
+    batch, _ = ep.dispatch_recv(first, after=second)
+    other, _ = ep.dispatch_recv(second, after=batch)
+    return batch.tokens + other.tokens
 
 
 def test_a_send_that_nobody_receives():

@@ -78,7 +78,8 @@ void Exchange::finish_abandoned(int64_t run) {
   while (!parked.empty() && !group_.failed_ && !group_.closed_) {
     const auto oldest = parked.begin();
     if (oldest->second.run == run) {
-      if (oldest->first + group_.config_.depth > group_.next_exchange_) return;
+      number_ = group_.next_exchange_;
+      if (oldest->first + group_.config_.depth > number_) return;
       group_.fail(
           Error(ErrorKind::kMismatch,
                 describe() + ": sent while exchange " + std::to_string(oldest->first) +
