@@ -11,7 +11,8 @@ from pplx_jax.errors import (
     RoutingError,
     TimeoutError,  # noqa: A004 - the field's name for it
 )
-from pplx_jax.expert_parallel import Batch, ExpertParallel, Route
+from pplx_jax.expert_parallel import Batch, ExpertParallel, Route, SentCombine, SentDispatch
+from pplx_jax.ops import export_checks
 from pplx_jax.remat import moe_remat
 
 __version__ = "0.1.0"
@@ -30,8 +31,11 @@ __all__ = [
     "RegionDescriptor",
     "Route",
     "RoutingError",
+    "SentCombine",
+    "SentDispatch",
     "SimOptions",
     "TimeoutError",
     "TransferEngine",
+    "export_checks",
     "moe_remat",
 ]

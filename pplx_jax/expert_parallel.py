@@ -296,8 +296,7 @@ class ExpertParallel:
         if rows.route.home.shape[0] == 0:
             nothing: jax.Array = rows.y[:0] if accumulate is None else accumulate
             return nothing
-        out: jax.Array = ops.combine(call, rows, accumulate, before)[0]
-        return out
+        return ops.combine(call, rows, accumulate, before)
 
     # --- exchange in halves ---
 
@@ -395,8 +394,7 @@ class ExpertParallel:
         if sent.arrays.home.shape[0] == 0:
             empty = jnp.broadcast_to(jnp.sum(sent.ticket), (0, self.config.hidden)).astype(self.config.dtype)
             return empty if accumulate is None else accumulate
-        out: jax.Array = halves.combine_recv(sent.call, sent.ticket, sent.arrays, accumulate, before)[0]
-        return out
+        return halves.combine_recv(sent.call, sent.ticket, sent.arrays, accumulate, before)
 
     # --- arguments and results ---
 

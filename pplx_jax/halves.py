@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pplx_jax import compat, ops
-from pplx_jax.ops import F32, I32, After, Call, Dispatched, RouteArrays, Rows, Tokens
+from pplx_jax import ops
+from pplx_jax.ops import F32, I32, After, Call, Dispatched, RouteArrays, Rows, Tokens, carry, uncarry
 
 _TICKET = ((4,), F32)
 
@@ -40,15 +40,20 @@ def _dispatch_send_call(call: Call, tokens: Tokens, after: After) -> tuple[jax.A
     return ticket, home
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch_send(call: Call, tokens: Tokens, after: After) -> tuple[jax.Array, jax.Array]:
     """Posts tokens to their experts; returns the ticket and ``route.home``."""
-    return _dispatch_send_call(call, tokens, after)
+    ticket, home = uncarry(_dispatch_send(call, carry(tokens), carry(after)))
+    return ticket, home
 
 
-def _dispatch_send_fwd(call: Call, tokens: Tokens, after: After) -> tuple[Any, Any]:
-    ticket, home = _dispatch_send_call(call, tokens, after)
-    return (ticket, home), (home, ops.saved_tokens(tokens), after)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch_send(call: Call, tokens: Any, after: Any) -> Any:
+    return carry(_dispatch_send_call(call, uncarry(tokens), uncarry(after)))
+
+
+def _dispatch_send_fwd(call: Call, tokens: Any, after: Any) -> tuple[Any, Any]:
+    ticket, home = _dispatch_send(call, tokens, after)
+    return (ticket, home), (uncarry(home), ops.saved_tokens(uncarry(tokens)), after)
 
 
 def _dispatch_send_bwd(call: Call, residuals: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, ...]:
@@ -62,7 +67,7 @@ def _dispatch_send_bwd(call: Call, residuals: Any, cotangents: tuple[jax.Array, 
     return ops.token_cotangents(tokens, d_x, d_weights), ops.after_cotangents(after, order)
 
 
-dispatch_send.defvjp(_dispatch_send_fwd, _dispatch_send_bwd)
+_dispatch_send.defvjp(_dispatch_send_fwd, _dispatch_send_bwd)
 
 
 def _dispatch_recv_call(call: Call, ticket: jax.Array, home: jax.Array, after: After) -> Dispatched:
@@ -71,17 +76,20 @@ def _dispatch_recv_call(call: Call, ticket: jax.Array, home: jax.Array, after: A
     return ops.dispatched(call, out[: len(first)], home, out[len(first) :])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch_recv(call: Call, ticket: jax.Array, home: jax.Array, after: After) -> Dispatched:
     """Waits for everybody's tokens."""
-    return _dispatch_recv_call(call, ticket, home, after)
+    out: Dispatched = uncarry(_dispatch_recv(call, ticket, carry(home), carry(after)))
+    return out
 
 
-def _dispatch_recv_fwd(
-    call: Call, ticket: jax.Array, home: jax.Array, after: After
-) -> tuple[Dispatched, Any]:
-    out = _dispatch_recv_call(call, ticket, home, after)
-    return out, (out.route, after)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch_recv(call: Call, ticket: jax.Array, home: Any, after: Any) -> Any:
+    return carry(_dispatch_recv_call(call, ticket, uncarry(home), uncarry(after)))
+
+
+def _dispatch_recv_fwd(call: Call, ticket: jax.Array, home: Any, after: Any) -> tuple[Any, Any]:
+    out = _dispatch_recv(call, ticket, home, after)
+    return out, (uncarry(out.route), after)
 
 
 def _dispatch_recv_bwd(call: Call, residuals: Any, cotangents: Dispatched) -> tuple[Any, ...]:
@@ -92,10 +100,10 @@ def _dispatch_recv_bwd(call: Call, residuals: Any, cotangents: Dispatched) -> tu
         [cotangents.values, cotangents.row_weights, *route, cotangents.order],
         **call.attributes(),
     )
-    return ticket, compat.zero_cotangent(route.home), ops.after_cotangents(after, _order(ticket))
+    return ticket, None, ops.after_cotangents(after, _order(ticket))
 
 
-dispatch_recv.defvjp(_dispatch_recv_fwd, _dispatch_recv_bwd)
+_dispatch_recv.defvjp(_dispatch_recv_fwd, _dispatch_recv_bwd)
 
 
 # --- combine ---------------------------------------------------------------------------------------------
@@ -112,14 +120,19 @@ def _combine_send_call(call: Call, rows: Rows, after: After) -> jax.Array:
     return ticket
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine_send(call: Call, rows: Rows, after: After) -> jax.Array:
     """Reduces and posts the experts' outputs; returns the ticket."""
-    return _combine_send_call(call, rows, after)
+    ticket: jax.Array = _combine_send(call, carry(rows), carry(after))
+    return ticket
 
 
-def _combine_send_fwd(call: Call, rows: Rows, after: After) -> tuple[jax.Array, Any]:
-    return _combine_send_call(call, rows, after), (ops.saved_rows(call, rows), after)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine_send(call: Call, rows: Any, after: Any) -> jax.Array:
+    return _combine_send_call(call, uncarry(rows), uncarry(after))
+
+
+def _combine_send_fwd(call: Call, rows: Any, after: Any) -> tuple[jax.Array, Any]:
+    return _combine_send(call, rows, after), (ops.saved_rows(call, uncarry(rows)), after)
 
 
 def _combine_send_bwd(call: Call, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
@@ -131,10 +144,10 @@ def _combine_send_bwd(call: Call, residuals: Any, cotangent: jax.Array) -> tuple
         weighted=call.weighted,
         **call.attributes(),
     )
-    return ops.row_cotangents(rows, d_y, d_row_weights), ops.after_cotangents(after, order)
+    return ops.row_cotangents(d_y, d_row_weights), ops.after_cotangents(after, order)
 
 
-combine_send.defvjp(_combine_send_fwd, _combine_send_bwd)
+_combine_send.defvjp(_combine_send_fwd, _combine_send_bwd)
 
 
 def _combine_recv_call(
@@ -150,19 +163,26 @@ def _combine_recv_call(
     return out, order
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine_recv(
     call: Call, ticket: jax.Array, route: RouteArrays, accumulate: jax.Array | None, after: After
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Waits for everybody's rows and sums them."""
-    return _combine_recv_call(call, ticket, route, accumulate, after)
+    out: jax.Array = _combine_recv(call, ticket, carry(route), accumulate, carry(after))[0]
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine_recv(
+    call: Call, ticket: jax.Array, route: Any, accumulate: jax.Array | None, after: Any
+) -> tuple[jax.Array, jax.Array]:
+    return _combine_recv_call(call, ticket, uncarry(route), accumulate, uncarry(after))
 
 
 def _combine_recv_fwd(
-    call: Call, ticket: jax.Array, route: RouteArrays, accumulate: jax.Array | None, after: After
+    call: Call, ticket: jax.Array, route: Any, accumulate: jax.Array | None, after: Any
 ) -> tuple[Any, Any]:
-    out = _combine_recv_call(call, ticket, route, accumulate, after)
-    return out, (route, accumulate is not None, after)
+    out = _combine_recv(call, ticket, route, accumulate, after)
+    return out, (uncarry(route), accumulate is not None, after)
 
 
 def _combine_recv_bwd(call: Call, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
@@ -177,10 +197,10 @@ def _combine_recv_bwd(call: Call, residuals: Any, cotangents: tuple[jax.Array, j
     )
     return (
         ticket,
-        ops.zero_cotangents(route),
+        None,
         ops.accumulate_cotangent(route.home, d_out) if accumulated else None,
         ops.after_cotangents(after, _order(ticket)),
     )
 
 
-combine_recv.defvjp(_combine_recv_fwd, _combine_recv_bwd)
+_combine_recv.defvjp(_combine_recv_fwd, _combine_recv_bwd)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
+import jax.custom_batching
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,6 +30,14 @@ After: TypeAlias = tuple[jax.Array, ...]
 Results: TypeAlias = list[tuple[tuple[int, ...], Any]]
 
 I32, F32 = np.dtype(np.int32), np.dtype(np.float32)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """For ``jax.export.export(..., disabled_checks=...)``: lets it accept programs with our custom calls.
+
+    An exported program runs in any process that has imported ``pplx_jax`` and made an equal group.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in _core.registrations()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,29 +107,55 @@ class Dispatched(NamedTuple):
 
 
 def exchange(target: str, results: Results, operands: list[jax.Array], **attributes: Any) -> list[jax.Array]:
-    """The custom call ``target``."""
-    types = [compat.result_type(operands, shape, dtype) for shape, dtype in results]
-    # Sequential: one call after the other for the elements of a vmapped axis.
-    call = jax.ffi.ffi_call(target, types, vmap_method="sequential")
-    return list(call(*operands, **attributes))
+    """The custom call ``target``; under vmap, one call after the other."""
+
+    # Not ffi_call's own sequential method: it keeps the types of the unbatched call, which do not vary over
+    # the axis that vmap's spmd_axis_name adds.
+    @jax.custom_batching.custom_vmap
+    def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        axes = frozenset[str]().union(*(compat.varying_axes(a) for a in operands))
+        alike = [compat.to_varying(a, axes) for a in operands]
+        types = [compat.result_type(alike, shape, dtype) for shape, dtype in results]
+        return tuple(cast("list[jax.Array]", jax.ffi.ffi_call(target, types)(*alike, **attributes)))
+
+    @call.def_vmap
+    def one_after_the_other(
+        size: int, batched: list[bool], *operands: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
+        def element(i: jax.Array) -> tuple[jax.Array, ...]:
+            return call(*(a[i] if of_axis else a for a, of_axis in zip(operands, batched, strict=True)))
+
+        return jax.lax.map(element, jnp.arange(size)), (True,) * len(results)
+
+    return list(call(*operands))
+
+
+class Bits(NamedTuple):
+    """An int32 array's bits as float32."""
+
+    bits: jax.Array
+
+
+def carry(tree: Any) -> Any:
+    """``tree`` with its integers as ``Bits``, for custom_vjp: the zero cotangents of integers, float0, lack
+    the axis that vmap's spmd_axis_name adds."""
+    return jax.tree.map(lambda a: Bits(jax.lax.bitcast_convert_type(a, F32)) if a.dtype == I32 else a, tree)
+
+
+def uncarry(tree: Any) -> Any:
+    """Undoes ``carry``."""
+    return jax.tree.map(
+        lambda a: jax.lax.bitcast_convert_type(a.bits, I32) if isinstance(a, Bits) else a,
+        tree,
+        is_leaf=lambda node: isinstance(node, Bits),
+    )
 
 
 def after_cotangents(after: After, order: jax.Array) -> tuple[Any, ...]:
     """Cotangents of ``after``: zero, but computed by the transposed exchange, so that whatever the operand
     came from runs its own backward exchange after it."""
     return tuple(
-        jnp.broadcast_to(order, a.shape).astype(a.dtype)
-        if jnp.issubdtype(a.dtype, jnp.floating)
-        else compat.zero_cotangent(a)
-        for a in after
-    )
-
-
-def zero_cotangents(arrays: Any) -> Any:
-    """Cotangents of operands without a derivative."""
-    return jax.tree.map(
-        lambda a: jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.inexact) else compat.zero_cotangent(a),
-        arrays,
+        None if isinstance(a, Bits) else jnp.broadcast_to(order, a.shape).astype(a.dtype) for a in after
     )
 
 
@@ -195,10 +231,15 @@ def _dispatch_call(call: Call, tokens: Tokens, after: After) -> Dispatched:
     return dispatched(call, out[: len(first)], out[len(first)], out[len(first) + 1 :])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch(call: Call, tokens: Tokens, after: After) -> Dispatched:
     """Tokens to their experts. Differentiable in ``x`` and ``weights``."""
-    return _dispatch_call(call, tokens, after)
+    out: Dispatched = uncarry(_dispatch(call, carry(tokens), carry(after)))
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(call: Call, tokens: Any, after: Any) -> Any:
+    return carry(_dispatch_call(call, uncarry(tokens), uncarry(after)))
 
 
 def saved_tokens(tokens: Tokens) -> Tokens:
@@ -206,9 +247,9 @@ def saved_tokens(tokens: Tokens) -> Tokens:
     return tokens if tokens.scales is not None else tokens._replace(x=tokens.num_tokens)
 
 
-def _dispatch_fwd(call: Call, tokens: Tokens, after: After) -> tuple[Dispatched, Any]:
-    out = _dispatch_call(call, tokens, after)
-    return out, (out.route, saved_tokens(tokens), after)
+def _dispatch_fwd(call: Call, tokens: Any, after: Any) -> tuple[Any, Any]:
+    out = _dispatch(call, tokens, after)
+    return out, (uncarry(out.route), saved_tokens(uncarry(tokens)), after)
 
 
 def _dispatch_bwd(call: Call, residuals: Any, cotangents: Dispatched) -> tuple[Any, ...]:
@@ -229,19 +270,12 @@ def transpose_results(call: Call, home: jax.Array) -> Results:
 
 
 def token_cotangents(tokens: Tokens, d_x: jax.Array, d_weights: jax.Array) -> Tokens:
-    """Cotangents of a dispatch's operands."""
-    return Tokens(
-        x=d_x if tokens.scales is None else jnp.zeros_like(tokens.x),
-        scales=None if tokens.scales is None else jnp.zeros_like(tokens.scales),
-        weights=d_weights,
-        **{
-            name: compat.zero_cotangent(getattr(tokens, name))
-            for name in ("indices", "num_tokens", "expert_map")
-        },
-    )
+    """Cotangents of a dispatch's operands; None is JAX's word for zero."""
+    zeros: dict[str, Any] = dict.fromkeys(Tokens._fields)
+    return Tokens(**zeros | {"x": d_x if tokens.scales is None else None, "weights": d_weights})
 
 
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 # --- combine ---------------------------------------------------------------------------------------------
@@ -277,17 +311,20 @@ def combine_results(call: Call, home: jax.Array) -> Results:
     return [((home.shape[0], call.hidden), np.dtype(call.dtype)), ((), F32)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def combine(
-    call: Call, rows: Rows, accumulate: jax.Array | None, after: After
-) -> tuple[jax.Array, jax.Array]:
+def combine(call: Call, rows: Rows, accumulate: jax.Array | None, after: After) -> jax.Array:
     """Experts' outputs home, summed. Differentiable in ``y``, ``row_weights`` and ``accumulate``."""
-    return _combine_call(call, rows, accumulate, after)
+    out: jax.Array = _combine(call, carry(rows), accumulate, carry(after))[0]
+    return out
 
 
-def _combine_fwd(call: Call, rows: Rows, accumulate: jax.Array | None, after: After) -> tuple[Any, Any]:
-    out = _combine_call(call, rows, accumulate, after)
-    return out, (saved_rows(call, rows), accumulate is not None, after)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(call: Call, rows: Any, accumulate: jax.Array | None, after: Any) -> tuple[jax.Array, jax.Array]:
+    return _combine_call(call, uncarry(rows), accumulate, uncarry(after))
+
+
+def _combine_fwd(call: Call, rows: Any, accumulate: jax.Array | None, after: Any) -> tuple[Any, Any]:
+    out = _combine(call, rows, accumulate, after)
+    return out, (saved_rows(call, uncarry(rows)), accumulate is not None, after)
 
 
 def saved_rows(call: Call, rows: Rows) -> Rows:
@@ -306,7 +343,7 @@ def _combine_bwd(call: Call, residuals: Any, cotangents: tuple[jax.Array, jax.Ar
         **call.attributes(),
     )
     return (
-        row_cotangents(rows, d_y, d_row_weights),
+        row_cotangents(d_y, d_row_weights),
         accumulate_cotangent(rows.route.home, d_out) if accumulated else None,
         after_cotangents(after, order),
     )
@@ -317,9 +354,10 @@ def row_results(call: Call) -> Results:
     return [((call.rows, call.hidden), np.dtype(call.dtype)), ((call.rows,), F32), ((), F32)]
 
 
-def row_cotangents(rows: Rows, d_y: jax.Array, d_row_weights: jax.Array) -> Rows:
+def row_cotangents(d_y: jax.Array, d_row_weights: jax.Array) -> Rows:
     """Cotangents of a combine's operands."""
-    return Rows(d_y, d_row_weights, zero_cotangents(rows.route), compat.zero_cotangent(rows.group_sizes))
+    zeros: dict[str, Any] = dict.fromkeys(Rows._fields)
+    return Rows(**zeros | {"y": d_y, "row_weights": d_row_weights})
 
 
 _PAST_END = -2  # layout.h: kPastEnd
@@ -330,7 +368,7 @@ def accumulate_cotangent(home: jax.Array, d_out: jax.Array) -> jax.Array:
     return jnp.where(home[:, :1] == _PAST_END, jnp.zeros_like(d_out), d_out)
 
 
-combine.defvjp(_combine_fwd, _combine_bwd)
+_combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 # --- ordering --------------------------------------------------------------------------------------------
