@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.custom_batching
@@ -116,7 +116,8 @@ def exchange(target: str, results: Results, operands: list[jax.Array], **attribu
         axes = frozenset[str]().union(*(compat.varying_axes(a) for a in operands))
         alike = [compat.to_varying(a, axes) for a in operands]
         types = [compat.result_type(alike, shape, dtype) for shape, dtype in results]
-        return tuple(cast("list[jax.Array]", jax.ffi.ffi_call(target, types)(*alike, **attributes)))
+        outputs: list[jax.Array] = list(jax.ffi.ffi_call(target, types)(*alike, **attributes))
+        return tuple(outputs)
 
     @call.def_vmap
     def one_after_the_other(
