@@ -124,7 +124,9 @@ def exchange(target: str, results: Results, operands: list[jax.Array], **attribu
         size: int, batched: list[bool], *operands: jax.Array
     ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
         def element(i: jax.Array) -> tuple[jax.Array, ...]:
-            return call(*(a[i] if of_axis else a for a, of_axis in zip(operands, batched, strict=True)))
+            own = (a[i] if of_axis else a for a, of_axis in zip(operands, batched, strict=True))
+            outputs: tuple[jax.Array, ...] = call(*own)
+            return outputs
 
         return jax.lax.map(element, jnp.arange(size)), (True,) * len(results)
 
