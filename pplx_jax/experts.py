@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from pplx_jax.grouped_gemm import grouped_gemm
+from pplx_jax.grouped_gemm import Implementation, grouped_gemm
 
 Initializer: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -91,6 +91,7 @@ def apply_experts(
     group_sizes: jax.Array | None,
     *,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    gemm: Implementation = "auto",
 ) -> jax.Array:
     """Applies each group's expert to its rows; computes in tokens' dtype.
 
@@ -99,6 +100,7 @@ def apply_experts(
       tokens: [M, H], grouped by expert.
       group_sizes: int32 [G], rows of each expert, or None.
       activation: elementwise function.
+      gemm: what multiplies, see `grouped_gemm`.
 
     Returns:
       [M, H]; rows past the last group are zero.
@@ -109,7 +111,7 @@ def apply_experts(
         if group_sizes is None:
             y = jnp.dot(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
             return y if bias is None else y + bias.astype(x.dtype)
-        y = grouped_gemm(x, weights, group_sizes)
+        y = grouped_gemm(x, weights, group_sizes, implementation=gemm)
         return y if bias is None else y + _row_bias(bias.astype(x.dtype), group_sizes, x.shape[0])
 
     inner = linear(tokens, params.up, params.up_bias)

@@ -1,15 +1,17 @@
 """The experts' matrix products: contiguous groups of rows, a matrix for each group.
 
-The one place where they are made, so that a faster kernel for a platform replaces one function. Everywhere
-but on CPU that is ``jax.lax.ragged_dot``. XLA:CPU expands ragged_dot into a masked product of all rows with
-all groups' matrices; a rank of an expert-parallel group has room for the worst case and usually fills a
-fraction of it, so there a loop over blocks of live rows does the work instead, and its cost follows
-group_sizes.
+The one place where they are made, so that a faster kernel for a platform replaces one function. On NVIDIA
+GPUs that is ``tokamax.ragged_dot`` where tokamax is installed, on CPU a loop, else ``jax.lax.ragged_dot``.
+
+XLA:CPU expands ragged_dot into a masked product of all rows with all groups' matrices; a rank of an
+expert-parallel group has room for the worst case and usually fills a fraction of it, so there a loop over
+blocks of live rows does the work instead, and its cost follows group_sizes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +23,35 @@ from pplx_jax import compat
 _BLOCK = 64
 
 
-def grouped_gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+#: "auto", or a function with `grouped_gemm`'s arguments, result and promises about the rows past the end.
+Implementation: TypeAlias = Literal["auto"] | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless it is an `Implementation`."""
+    if isinstance(implementation, str):
+        if implementation != "auto":
+            raise ValueError(f'grouped_gemm must be "auto" or a function, got {implementation!r}')
+    elif not callable(implementation):
+        raise TypeError(f'grouped_gemm must be "auto" or a function, got {type(implementation).__name__}')
+
+
+def grouped_gemm(
+    tokens: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: Implementation = "auto",
+) -> jax.Array:
     """Multiplies contiguous groups of rows by a matrix each. Reverse-mode differentiable in both.
 
     Args:
       tokens: [M, A]; the first group_sizes[0] rows belong to group 0, and so on.
       weights: [G, A, B], tokens' dtype.
       group_sizes: int32 [G], with a sum of at most M.
+      implementation: "auto" takes the best one known for the platform that the program is compiled for. Or a
+        function of (tokens, weights, group_sizes) that is differentiable itself; inside ``jax.shard_map`` its
+        operands all vary over the same axes.
 
     Returns:
       [M, B] of tokens' dtype, accumulated in float32; rows past the last group are zero, and neither they nor
@@ -49,7 +73,17 @@ def grouped_gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
     operands = (tokens, weights, group_sizes)
     axes = frozenset().union(*(compat.varying_axes(a) for a in operands))
     tokens, weights, group_sizes = (compat.to_varying(a, axes) for a in operands)
-    return _gemm(tokens, weights, group_sizes)
+    if implementation == "auto":
+        return _gemm(tokens, weights, group_sizes)
+    check_implementation(implementation)
+    out = implementation(tokens, weights, group_sizes)
+    shape = (tokens.shape[0], weights.shape[2])
+    if getattr(out, "shape", None) != shape or out.dtype != tokens.dtype:
+        raise ValueError(
+            f"grouped_gemm={implementation!r} must return {tokens.dtype} {list(shape)}, got "
+            f"{getattr(out, 'dtype', type(out).__name__)} {list(getattr(out, 'shape', ()))}"
+        )
+    return out
 
 
 @jax.custom_vjp

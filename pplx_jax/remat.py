@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pplx_jax import compat, ops
 
@@ -55,3 +56,32 @@ def moe_remat(function: Callable[..., Any]) -> Callable[..., Any]:
         return _recomputed(*compat.lift_closure(function, args), args)
 
     return wrapped
+
+
+def named_residuals(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``function``, its results and whatever its derivative keeps carrying a name for `jax.checkpoint`.
+
+    A policy that saves this name then has all that the backward pass needs of the function. To name the
+    results alone isn't enough for one with a custom derivative: what that keeps comes from inside.
+
+    Args:
+      function: of pytrees of arrays; closes over no traced array.
+      name: for policies such as ``jax.checkpoint_policies.save_only_these_names``.
+    """
+
+    def mark(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)
+
+    @jax.custom_vjp
+    def named(*args: Any) -> Any:
+        return mark(function(*args))
+
+    def forward(*args: Any) -> tuple[Any, Any]:
+        out, transpose = jax.vjp(function, *args)
+        return mark(out), mark(transpose)
+
+    def backward(transpose: Any, cotangents: Any) -> Any:
+        return transpose(cotangents)
+
+    named.defvjp(forward, backward)
+    return named
