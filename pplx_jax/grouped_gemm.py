@@ -10,6 +10,9 @@ blocks of live rows does the work instead, and its cost follows group_sizes.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -86,12 +89,22 @@ def grouped_gemm(
     return out
 
 
+@functools.cache
+def gpu_library() -> Any:
+    """tokamax, where it is installed and JAX has a GPU (it chooses its kernel by that device); else None."""
+    if jax.default_backend() != "gpu" or importlib.util.find_spec("tokamax") is None:
+        return None
+    return importlib.import_module("tokamax")
+
+
 @jax.custom_vjp
 def _gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     if tokens.shape[0] == 0:
         return tokens @ weights[0]
+    library = gpu_library()
+    kernels = {} if library is None else {"cuda": functools.partial(_library_rows, library)}
     out: jax.Array = lax.platform_dependent(
-        tokens, weights, group_sizes, cpu=_loop_rows, default=_ragged_rows
+        tokens, weights, group_sizes, cpu=_loop_rows, default=_ragged_rows, **kernels
     )
     return out
 
@@ -105,8 +118,10 @@ def _backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, N
     d_tokens = _gemm(cotangent, weights.swapaxes(1, 2), group_sizes)
     if tokens.shape[0] == 0:
         return d_tokens, jnp.zeros_like(weights), None
+    library = gpu_library()
+    kernels = {} if library is None else {"cuda": functools.partial(_library_weights, library)}
     d_weights = lax.platform_dependent(
-        tokens, cotangent, group_sizes, cpu=_loop_weights, default=_ragged_weights
+        tokens, cotangent, group_sizes, cpu=_loop_weights, default=_ragged_weights, **kernels
     )
     return d_tokens, d_weights, None
 
@@ -130,6 +145,36 @@ def _ragged_weights(tokens: jax.Array, cotangent: jax.Array, group_sizes: jax.Ar
         tokens, cotangent, group_sizes, _CONTRACT_ROWS, preferred_element_type=jnp.float32
     )
     return out.astype(tokens.dtype)
+
+
+def _live(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Zeros past the last group, where a kernel may leave, and might read, anything."""
+    row = jnp.arange(rows.shape[0], dtype=group_sizes.dtype)
+    return jnp.where((row < group_sizes.sum())[:, None], rows, 0)
+
+
+def _library_rows(library: Any, tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    def product(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        out = library.ragged_dot(tokens, weights, group_sizes, preferred_element_type=tokens.dtype)
+        return _live(out, group_sizes)
+
+    return compat.as_unchecked(product, tokens, weights, group_sizes)
+
+
+def _library_weights(
+    library: Any, tokens: jax.Array, cotangent: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    def product(tokens: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        out: jax.Array = library.ragged_dot_general(
+            _live(tokens, group_sizes),
+            _live(cotangent, group_sizes),
+            group_sizes,
+            _CONTRACT_ROWS,
+            preferred_element_type=tokens.dtype,
+        )
+        return out
+
+    return compat.as_unchecked(product, tokens, cotangent, group_sizes)
 
 
 def _blocks(group_sizes: jax.Array) -> tuple[jax.Array, Any]:
