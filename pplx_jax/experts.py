@@ -23,9 +23,15 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda x: x,
 }
 
-default_init: Initializer = jax.nn.initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=()
-)
+
+def default_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """LeCun's: truncated normal of variance 1 / in, for matrices [in, out] and stacks [..., in, out]."""
+    # Without batch_axis JAX would count stacked experts as inputs, and make each sqrt(E) times too small.
+    stacked = tuple(range(len(shape) - 2))
+    init = jax.nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=stacked
+    )
+    return init(key, shape, dtype)
 
 
 @partial(

@@ -70,15 +70,20 @@ def named_residuals(function: Callable[..., Any], name: str) -> Callable[..., An
     """
 
     def mark(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)
+        # What is both a result and kept for the derivative is named, and saved, once.
+        marked: dict[int, Any] = {}
+        for leaf in jax.tree.leaves(tree):
+            if id(leaf) not in marked:
+                marked[id(leaf)] = checkpoint_name(leaf, name)
+        return jax.tree.map(lambda leaf: marked[id(leaf)], tree)
 
     @jax.custom_vjp
     def named(*args: Any) -> Any:
         return mark(function(*args))
 
     def forward(*args: Any) -> tuple[Any, Any]:
-        out, transpose = jax.vjp(function, *args)
-        return mark(out), mark(transpose)
+        out, transpose = mark(jax.vjp(function, *args))
+        return out, transpose
 
     def backward(transpose: Any, cotangents: Any) -> Any:
         return transpose(cotangents)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe_layer import INIT, INNER, H, arrays, assert_close, collectives, group, make_params, mesh_of
 
-from pplx_jax.experts import ACTIVATIONS, ExpertParams, apply_experts
+from pplx_jax.experts import ACTIVATIONS, ExpertParams, apply_experts, default_init
 from pplx_jax.flax import MoE, SelectionBias, moe_layers, name_layers
 from pplx_jax.grouped_gemm import _ragged_rows, _ragged_weights, grouped_gemm
 from pplx_jax.models.byte_lm import ByteLM, ByteLMConfig, generate, loss_fn
@@ -100,6 +100,12 @@ def test_every_named_activation_is_used() -> None:
         for name in ACTIVATIONS
     ]
     assert len({np.asarray(y).tobytes() for y in results}) == len(ACTIVATIONS)
+
+
+def test_stacked_experts_are_as_large_as_a_dense_one() -> None:
+    for shape in ((64, 32), (16, 64, 32)):
+        deviation = default_init(jax.random.key(0), shape, jnp.float32).std()
+        assert deviation == pytest.approx(64**-0.5, rel=0.05)
 
 
 def test_masked_tokens_reach_no_expert_and_count_nowhere() -> None:

@@ -169,6 +169,33 @@ def test_module_is_born_sharded() -> None:
     assert_close(y, make(None)(x)[0])
 
 
+NAMES = ("expert", "embed", "mlp")
+
+
+def test_module_with_logical_axes() -> None:
+    make = lambda ep=None: MoE(  # noqa: E731
+        H, INNER, 8, 2, rngs=nnx.Rngs(0), ep=ep, shared_experts=1, use_bias=True, logical_axes=NAMES
+    )
+    plain = nnx.state(make())  # no rules yet: names only
+    assert nnx.get_partition_spec(plain)["experts"]["up"].get_value() == P(*NAMES)
+    x = jax.random.normal(jax.random.key(1), (8, H))
+    with group(mesh_of(fsdp=2, tp=2, ep=2), 8, 2) as ep:
+        rules = layout(ep, MoEConfig(top_k=2)).logical_rules(NAMES)
+        with nnx.logical_axis_rules(rules):
+            layer = nnx.jit(lambda: make(ep))()
+            specs = nnx.get_partition_spec(nnx.state(layer))
+        assert specs["experts"]["down"].get_value() == P("ep", "tp", "fsdp")
+        assert specs["experts"]["down_bias"].get_value() == P("ep", None)
+        assert specs["shared"]["gate"].get_value() == P("fsdp", "tp")
+        assert layer.experts.down[...].sharding == NamedSharding(ep.mesh, P("ep", "tp", "fsdp"))
+        y, _ = jax.block_until_ready(nnx.jit(lambda layer, x: layer(x))(layer, x))
+    assert_close(y, make()(x)[0])
+    with pytest.raises(TypeError, match="logical_axes must be three names"):
+        MoE(H, INNER, 8, 2, rngs=nnx.Rngs(0), logical_axes=("expert",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="logical_axes or expert_sharding, not both"):
+        MoE(H, INNER, 8, 2, rngs=nnx.Rngs(0), logical_axes=NAMES, expert_sharding="ep")
+
+
 @pytest.mark.parametrize(
     "error, match, config",
     [

@@ -101,8 +101,11 @@ def test_module_takes_a_map() -> None:
             traced.append(1)
             return layer(x, expert_map=table)[0]
 
-        got = [jax.block_until_ready(run(layer, x, jnp.asarray(table))) for table in MAPS]
-    assert len(traced) == 1
+        # The first call moves parameters to where the second one finds them.
+        got = [jax.block_until_ready(run(layer, x, jnp.asarray(MAPS[0]))) for _ in range(2)]
+        before = len(traced)
+        got.append(jax.block_until_ready(run(layer, x, jnp.asarray(MAPS[1]))))
+        assert len(traced) == before
     dense = MoE(H, INNER, 6, 2, rngs=nnx.Rngs(0), kernel_init=INIT)
     for y in got:
         assert_close(y, dense(x)[0])
@@ -224,7 +227,7 @@ def test_selection_bias_evens_out_skewed_loads_over_jitted_steps() -> None:
     def make(ep: Any) -> MoE:
         layer = MoE(
             H, INNER, 8, 2, rngs=nnx.Rngs(0), ep=ep, router="sigmoid", router_bias=True, selection_bias=True,
-            kernel_init=jax.nn.initializers.normal(0.05),
+            kernel_init=jax.nn.initializers.normal(0.2),
         )  # fmt: skip
         assert layer.router_bias is not None
         layer.router_bias[...] = skew
@@ -237,19 +240,19 @@ def test_selection_bias_evens_out_skewed_loads_over_jitted_steps() -> None:
             return (y**2).mean(), aux
 
         (_, aux), grads = nnx.value_and_grad(loss, has_aux=True)(layer)
-        layer.update_selection_bias(aux.expert_loads, speed=0.02)
+        layer.update_selection_bias(aux.expert_loads, speed=0.01)
         return aux.expert_loads, nnx.state(grads, SelectionBias)
 
     with group(mesh_of(ep=4), 8, 2) as ep:
         layer = make(ep)
         history = []
-        for _ in range(40):
+        for _ in range(60):
             loads, no_gradient = jax.block_until_ready(step(layer, x))
             history.append(np.asarray(loads))
     assert not jax.tree.leaves(no_gradient)
     assert all(loads.sum() == 256 for loads in history)
     assert history[0].max() / history[0].mean() > 3
-    assert np.mean([loads.max() / loads.mean() for loads in history[-5:]]) < 1.4
+    assert np.mean([loads.max() / loads.mean() for loads in history[-5:]]) < 1.3
     # The weights are the scores without the bias: it moves tokens, not outputs.
     assert layer.selection_bias is not None
     dense = make(None)
