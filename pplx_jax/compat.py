@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jax._src import config as _config  # no public way to trace a part without replication checks
 from jax._src import distributed  # the coordination service has no public accessor
@@ -82,7 +83,9 @@ def as_unchecked(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Ar
     if not axes:
         return function(*args)
     with _config._check_vma(False):
-        out = function(*args)
+        # Types must agree within the function as well, as some rules trace again when lowering: a select,
+        # which XLA removes, gives each operand the type of what is computed here.
+        out = function(*(jax.lax.select(jnp.bool_(True), a, a) for a in args))
     return to_varying(out, axes)
 
 
