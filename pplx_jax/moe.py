@@ -282,8 +282,6 @@ def _sum_over_ranks(
 
 
 def _check_group(ep: ExpertParallel, hidden: int, experts: int, config: MoEConfig) -> None:
-    if not (hasattr(ep, "dispatch") and hasattr(ep, "combine") and hasattr(ep, "config")):
-        raise TypeError(f"ep must be a pplx_jax.ExpertParallel or None, got {type(ep).__name__}")
     for name, have, want in (
         ("hidden", ep.config.hidden, hidden),
         ("num_experts", ep.config.num_experts, experts),
@@ -345,10 +343,10 @@ def moe(
       expert_map: ints [R, S] or [R * S], in place of the group's own, of whose shape it must be: the expert
         that each rank's slot hosts, -1 for none, see `pplx_jax.balance`. A runtime array: a new one doesn't
         recompile. Without a group it makes no difference.
-      placed: params.experts are stacked [R * S, ...], in expert_map's order (`pplx_jax.balance.place`), and
-        each rank holds its own; their gradients are each replica's. Otherwise they are [E, ...] and with a
-        map every rank picks its own of all of them, in each call: simple, and right for training, but all
-        experts pass through every rank's memory.
+      placed: params.experts are stacked [R * S, ...], in the order of expert_map (else the group's), see
+        `pplx_jax.balance.place`, and each rank holds its own; their gradients are each replica's. Otherwise
+        they are [E, ...] and with a map every rank picks its own of all of them, in each call: simple, and
+        right for training, but all experts pass through every rank's memory.
       name: of this call site, for the exchange's errors and to tell calls of equal shape apart; the group's
         name if empty.
 
@@ -359,6 +357,8 @@ def moe(
       TypeError, ValueError: an argument has a wrong type, shape or range; the message names it. Failures of
         the exchange itself show as aux.ok = 0 and as the group's own errors.
     """
+    if ep is not None and not (hasattr(ep, "dispatch") and hasattr(ep, "combine") and hasattr(ep, "config")):
+        raise TypeError(f"ep must be a pplx_jax.ExpertParallel or None, got {type(ep).__name__}")
     slots = None
     if placed:
         if ep is None:

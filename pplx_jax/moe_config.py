@@ -33,7 +33,8 @@ class MoEConfig:
         are reduce-scattered. These axes shard tokens as well. None: no such axis. "auto": the axis "fsdp" if
         the mesh has one outside the group and it divides H, else none.
       tp_axis: mesh axis, or axes, that split every expert's inner dimension I. Tokens are replicated over
-        them. None and "auto" (with the name "tp") as in fsdp_axis.
+        them; partial sums are added in the dtype that experts compute in. None and "auto" (with the name
+        "tp") as in fsdp_axis.
       grouped_gemm: "auto" or a function, see `pplx_jax.grouped_gemm.grouped_gemm`.
     """
 

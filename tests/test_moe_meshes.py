@@ -39,7 +39,7 @@ def put(params: MoEParams, ep: Any, where: Layout) -> MoEParams:
 def gradients(params: MoEParams, x: jax.Array, config: MoEConfig, ep: Any) -> Any:
     weight = jax.random.normal(jax.random.key(3), x.shape)
     if ep is not None:
-        weight = jax.device_put(weight, x.sharding)
+        weight = jax.jit(lambda: weight, out_shardings=x.sharding)()
 
     def loss(params: MoEParams, x: jax.Array) -> Any:
         y, aux = moe(params, x, config, ep=ep)
@@ -167,6 +167,41 @@ def test_module_is_born_sharded() -> None:
         y, aux = jax.block_until_ready(nnx.jit(lambda layer, x: layer(x))(layer, x))
     assert aux.ok == 1
     assert_close(y, make(None)(x)[0])
+
+
+def layer_on_all_devices(axes: dict[str, int]) -> int:
+    """Compares this process's shards with dense JAX; returns how many there were."""
+    params = make_params(8, use_bias=True, shared_experts=1)
+    options = MoEConfig(top_k=2)
+    x = jax.random.normal(jax.random.key(2), (8, 2, H))
+    dense = jax.device_get(gradients(params, x, options, None))
+    with group(mesh_of(**axes), 8, 2) as ep:
+        where = layout(ep, options)
+
+        def spread(a: Any, place: NamedSharding) -> jax.Array:
+            whole = np.asarray(a)
+            return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+        given = spread(x, sharding(ep, where))
+        shapes = jax.eval_shape(lambda: params)
+        specs = jax.tree.map(lambda _: P(), shapes)
+        specs = dataclasses.replace(specs, experts=where.expert_specs(params.experts))
+        stored = jax.tree.map(lambda a, spec: spread(a, NamedSharding(ep.mesh, spec)), params, specs)
+        got = jax.block_until_ready(gradients(stored, given, options, ep))
+        count = 0
+        for mine, want in zip(jax.tree.leaves(got), jax.tree.leaves(dense), strict=True):
+            for shard in mine.addressable_shards:
+                assert_close(shard.data, np.asarray(want)[shard.index], 1e-4)
+                count += 1
+        return count
+
+
+@pytest.mark.multiprocess
+def test_groups_and_gathers_across_processes(processes: Any) -> None:
+    for axes in ({"ep": 2, "tp": 2}, {"fsdp": 2, "ep": 2}):
+        assert all(
+            count > 20 for count in processes.run(layer_on_all_devices, 2, axes, devices_per_process=2)
+        )
 
 
 NAMES = ("expert", "embed", "mlp")

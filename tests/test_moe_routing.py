@@ -189,6 +189,15 @@ def test_gradients_of_replayed_routing() -> None:
     assert (np.abs(d_kept) > 0).all()
 
 
+def test_module_replays_what_another_chose() -> None:
+    x = jax.random.normal(jax.random.key(2), (8, H))
+    first, second = (MoE(H, INNER, 8, 2, rngs=nnx.Rngs(seed), kernel_init=INIT) for seed in (0, 1))
+    _, aux = first(x, return_routing=True)
+    second.experts = first.experts  # another router
+    assert_close(second(x, routing=aux.routing)[0], first(x)[0])
+    assert not np.allclose(second(x)[0], first(x)[0])
+
+
 def test_replay_of_what_route_chose() -> None:
     logits = jax.random.normal(jax.random.key(0), (6, 5))
     for options in ({}, {"score_fn": "sigmoid", "scale": 2.5}, {"normalize": False}):
