@@ -133,7 +133,7 @@ def test_collectives_are_the_declared_ones() -> None:
     params = make_params(8)
     with group(mesh_of(fsdp=2, tp=2, ep=2), 8, 2) as ep:
         where = layout(ep, options)
-        arguments = put(params, ep, where), jax.device_put(jnp.ones((8, 2, H)), sharding(ep, where))
+        arguments = put(params, ep, where), jax.device_put(jnp.ones((8, 3, H)), sharding(ep, where))
         placed = jax.tree.map(lambda a: a.sharding, arguments)
         everywhere = NamedSharding(ep.mesh, P())
 
@@ -149,6 +149,10 @@ def test_collectives_are_the_declared_ones() -> None:
         found = collectives(both)
         assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
         assert found.count("reduce-scatter") == 3
+        # Over tp it is a shard's 6 tokens that are added up, both ways, and never the 24 rows of its experts.
+        reduced = "\n".join(line for line in both.splitlines() if " all-reduce(" in line)
+        assert reduced.count(f"f32[6,{H}]") >= 2
+        assert f"f32[24,{H}]" not in reduced
 
 
 def test_module_is_born_sharded() -> None:
