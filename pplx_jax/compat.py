@@ -7,7 +7,9 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
+from jax._src import config as _config  # no public way to trace a part without replication checks
 from jax._src import distributed  # the coordination service has no public accessor
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
@@ -69,6 +71,22 @@ def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     """``x``, its type varying over ``axes`` as well. The transpose sums over the axes that were added."""
     missing = tuple(axis for axis in sorted(axes) if axis not in varying_axes(x))
     return cast(jax.Array, jax.lax.pcast(x, missing, to="varying")) if missing else x
+
+
+def as_unchecked(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """``function(*args)``, traced as in a ``shard_map`` without replication checks; varies where args do.
+
+    For Pallas kernels of others, which don't say where their results vary. Not differentiable through: JAX
+    would not know which gradients to sum.
+    """
+    axes = frozenset[str]().union(*(varying_axes(a) for a in args))
+    if not axes:
+        return function(*args)
+    with _config._check_vma(False):
+        # Types must agree within the function as well, as some rules trace again when lowering: a select,
+        # which XLA removes, gives each operand the type of what is computed here.
+        out = function(*(jax.lax.select(jnp.bool_(True), a, a) for a in args))
+    return to_varying(out, axes)
 
 
 def result_type(

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from pplx_jax.grouped_gemm import grouped_gemm
+from pplx_jax.grouped_gemm import Implementation, grouped_gemm
 
 Initializer: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -23,9 +23,15 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda x: x,
 }
 
-default_init: Initializer = jax.nn.initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=()
-)
+
+def default_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """LeCun's: truncated normal of variance 1 / in, for matrices [in, out] and stacks [..., in, out]."""
+    # Without batch_axis JAX would count stacked experts as inputs, and make each sqrt(E) times too small.
+    stacked = tuple(range(len(shape) - 2))
+    init = jax.nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=stacked
+    )
+    return init(key, shape, dtype)
 
 
 @partial(
@@ -91,6 +97,7 @@ def apply_experts(
     group_sizes: jax.Array | None,
     *,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    gemm: Implementation = "auto",
 ) -> jax.Array:
     """Applies each group's expert to its rows; computes in tokens' dtype.
 
@@ -99,6 +106,7 @@ def apply_experts(
       tokens: [M, H], grouped by expert.
       group_sizes: int32 [G], rows of each expert, or None.
       activation: elementwise function.
+      gemm: what multiplies, see `grouped_gemm`.
 
     Returns:
       [M, H]; rows past the last group are zero.
@@ -109,7 +117,7 @@ def apply_experts(
         if group_sizes is None:
             y = jnp.dot(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
             return y if bias is None else y + bias.astype(x.dtype)
-        y = grouped_gemm(x, weights, group_sizes)
+        y = grouped_gemm(x, weights, group_sizes, implementation=gemm)
         return y if bias is None else y + _row_bias(bias.astype(x.dtype), group_sizes, x.shape[0])
 
     inner = linear(tokens, params.up, params.up_bias)

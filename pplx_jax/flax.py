@@ -8,22 +8,27 @@ ranks; leave it out and the same module runs dense on one device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pplx_jax import router as routing
 from pplx_jax.experts import ExpertParams, Initializer, default_init
-from pplx_jax.moe import MoEAux, MoEConfig, MoEParams, expert_axis, init_params, moe
+from pplx_jax.grouped_gemm import Implementation
+from pplx_jax.moe import Layout, MoEAux, MoEConfig, MoEParams, init_params, layout_of, moe
+from pplx_jax.router import SavedRouting
 
 if TYPE_CHECKING:
     from pplx_jax.expert_parallel import ExpertParallel
 
-__all__ = ["MoE", "MoEAux", "SelectionBias", "moe_layers", "name_layers"]
+__all__ = ["MoE", "MoEAux", "SavedRouting", "SelectionBias", "moe_layers", "name_layers"]
 
 
 class SelectionBias(nnx.Variable[jax.Array]):  # type: ignore[misc]
@@ -35,19 +40,20 @@ class Experts(nnx.Module):  # type: ignore[misc]
 
     Args:
       params: the initial values.
-      metadata: for each stacked (routed) parameter's `nnx.Param`, such as its sharding.
+      metadata: of the `nnx.Param` of a field, such as its sharding.
     """
 
-    def __init__(self, params: ExpertParams, metadata: Callable[[int], dict[str, Any]]) -> None:
-        def hold(value: jax.Array | None) -> nnx.Param[jax.Array] | None:
-            return None if value is None else nnx.Param(value, **metadata(value.ndim))
+    def __init__(self, params: ExpertParams, metadata: Callable[[str], dict[str, Any]]) -> None:
+        def hold(name: str) -> nnx.Param[jax.Array] | None:
+            value = getattr(params, name)
+            return None if value is None else nnx.Param(value, **metadata(name))
 
-        self.up = nnx.Param(params.up, **metadata(params.up.ndim))
-        self.down = nnx.Param(params.down, **metadata(params.down.ndim))
-        self.gate = hold(params.gate)
-        self.up_bias = hold(params.up_bias)
-        self.down_bias = hold(params.down_bias)
-        self.gate_bias = hold(params.gate_bias)
+        self.up = nnx.Param(params.up, **metadata("up"))
+        self.down = nnx.Param(params.down, **metadata("down"))
+        self.gate = hold("gate")
+        self.up_bias = hold("up_bias")
+        self.down_bias = hold("down_bias")
+        self.gate_bias = hold("gate_bias")
 
     def params(self) -> ExpertParams:
         """The current values."""
@@ -64,10 +70,12 @@ class Experts(nnx.Module):  # type: ignore[misc]
 class MoE(nnx.Module):  # type: ignore[misc]
     """A router and its experts: [..., H] to [..., H], and what the layer reports (`pplx_jax.moe.MoEAux`).
 
-    Experts' weights are stacked on a leading expert axis. With a group that axis carries ``out_sharding``
-    over the group's mesh axes, so parameters made under ``nnx.jit`` are born sharded; where the ranks don't
-    divide the number of experts, JAX can't shard that axis and they are replicated (see `pplx_jax.moe`). The
-    module works under nnx.jit, nnx.grad, nnx.remat and in stacks of layers.
+    Experts' weights are stacked on a leading expert axis. With a group they carry ``out_sharding``: that axis
+    over the group's mesh axes, H and I over fsdp and tp axes if there are any, so parameters made under
+    ``nnx.jit`` are born sharded; where the ranks don't divide the number of experts, JAX can't shard the
+    expert axis (see `pplx_jax.moe`). With ``logical_axes`` they carry names instead, which Flax's rules
+    (``nnx.logical_axis_rules``, `pplx_jax.moe.Layout.logical_rules`) map to mesh axes. The module works under
+    nnx.jit, nnx.grad, nnx.remat and in stacks of layers.
 
     Args:
       hidden: H, size of a token's vector.
@@ -90,7 +98,11 @@ class MoE(nnx.Module):  # type: ignore[misc]
       param_dtype: of the experts' parameters; the router's are float32.
       kernel_init: initializer (key, shape, dtype) of every weight matrix; its last two axes are (in, out).
       data_axes: mesh axes that shard tokens besides the group's, see `pplx_jax.moe.MoEConfig`.
+      fsdp_axis, tp_axis: mesh axes that store, or split, the experts' matrices in parts, see the same.
+      grouped_gemm: "auto" or a function, see `pplx_jax.grouped_gemm.grouped_gemm`.
       expert_sharding: mesh axes for the expert axis of the weights; None for the group's, if there is one.
+      logical_axes: names of the weights' dimensions (experts, H, I), such as ("expert", "embed", "mlp"), to
+        annotate them with in place of mesh axes; None for mesh axes.
       name: of this call site, for errors; `name_layers` sets it from the layer's place in a model.
 
     Raises:
@@ -121,7 +133,11 @@ class MoE(nnx.Module):  # type: ignore[misc]
         param_dtype: Any = jnp.float32,
         kernel_init: Initializer = default_init,
         data_axes: tuple[str, ...] | None = None,
+        fsdp_axis: str | tuple[str, ...] | None = "auto",
+        tp_axis: str | tuple[str, ...] | None = "auto",
+        grouped_gemm: Implementation = "auto",
         expert_sharding: str | tuple[str, ...] | None = None,
+        logical_axes: tuple[str, str, str] | None = None,
         name: str = "",
     ) -> None:
         self.config = MoEConfig(
@@ -134,6 +150,9 @@ class MoE(nnx.Module):  # type: ignore[misc]
             activation=activation,
             dtype=dtype,
             data_axes=data_axes,
+            fsdp_axis=fsdp_axis,
+            tp_axis=tp_axis,
+            grouped_gemm=grouped_gemm,
         )
         routing.check_routing_options(
             num_experts, top_k, router, num_groups, top_groups, routed_scaling_factor
@@ -162,22 +181,33 @@ class MoE(nnx.Module):  # type: ignore[misc]
             dtype=param_dtype,
             init=kernel_init,
         )
-        axes: Any = expert_sharding
-        if axes is None and ep is not None:
-            axes = expert_axis(ep, num_experts)
+        layout: Layout | None = None
+        if logical_axes is not None:
+            check_logical_axes(logical_axes, expert_sharding)
+            layout = Layout((), (), *((axis,) for axis in logical_axes))
+        elif ep is not None:
+            layout = layout_of(
+                ep, self.config, hidden=hidden, intermediate=intermediate, num_experts=num_experts
+            )
+        if expert_sharding is not None:
+            axes = (expert_sharding,) if isinstance(expert_sharding, str) else tuple(expert_sharding)
+            layout = replace(layout or Layout((), (), None), experts=axes)
 
-        def stacked(ndim: int) -> dict[str, Any]:
-            if axes is None:
+        def annotation(name: str, *, stacked: bool) -> dict[str, Any]:
+            spec = P() if layout is None else layout.spec(name, stacked=stacked)
+            if all(entry is None for entry in spec):
                 return {}
-            return {"out_sharding": P(axes, *[None] * (ndim - 1)), **_placement(ep)}
+            return {"out_sharding": spec, **_placement(ep, logical=logical_axes is not None)}
 
         self.router = nnx.Param(initial.router)
         self.router_bias = None if initial.router_bias is None else nnx.Param(initial.router_bias)
         self.selection_bias = (
             None if initial.selection_bias is None else SelectionBias(initial.selection_bias)
         )
-        self.experts = Experts(initial.experts, stacked)
-        self.shared = None if initial.shared is None else Experts(initial.shared, lambda _: {})
+        self.experts = Experts(initial.experts, partial(annotation, stacked=True))
+        self.shared = (
+            None if initial.shared is None else Experts(initial.shared, partial(annotation, stacked=False))
+        )
 
     def params(self) -> MoEParams:
         """The parameters as `pplx_jax.moe.moe` takes them."""
@@ -189,18 +219,40 @@ class MoE(nnx.Module):  # type: ignore[misc]
             shared=None if self.shared is None else self.shared.params(),
         )
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> tuple[jax.Array, MoEAux]:
-        """Applies the layer; see `pplx_jax.moe.moe`.
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        routing: SavedRouting | None = None,
+        return_routing: bool = False,
+        expert_map: Any = None,
+    ) -> tuple[jax.Array, MoEAux]:
+        """Applies the layer; arguments as in `pplx_jax.moe.moe`.
 
         Args:
           x: floating [..., H], a global array.
           mask: bool [...], False for tokens that take no part (padding); None: all take part.
+          routing: integers [..., K] and maybe weights, to replay in place of the router's choice.
+          return_routing: whether ``aux.routing`` says where tokens went.
+          expert_map: ints [R, S], where experts are hosted in this call; the module's parameters stay in the
+            experts' own order, so nothing else changes when it does.
 
         Returns:
           (y, aux): y of x's shape and dtype; aux a `MoEAux`.
         """
         with jax.named_scope(self.name or "moe"):
-            return moe(self.params(), x, self.config, ep=self.ep, mask=mask, name=self.name)
+            return moe(
+                self.params(),
+                x,
+                self.config,
+                ep=self.ep,
+                mask=mask,
+                routing=routing,
+                return_routing=return_routing,
+                expert_map=expert_map,
+                name=self.name,
+            )
 
     def update_selection_bias(self, loads: jax.Array, *, speed: float = 1e-3) -> None:
         """Moves the selection bias towards balanced experts; see `pplx_jax.router.update_selection_bias`.
@@ -218,8 +270,22 @@ def _value(variable: nnx.Variable[jax.Array] | None) -> jax.Array | None:
     return None if variable is None else variable[...]
 
 
-def _placement(ep: ExpertParallel | None) -> dict[str, Any]:
+def check_logical_axes(logical_axes: Any, expert_sharding: Any = None) -> None:
+    """Raises TypeError or ValueError unless these are three names, and given in place of mesh axes."""
+    if not (
+        isinstance(logical_axes, tuple)
+        and len(logical_axes) == 3
+        and all(isinstance(name, str) for name in logical_axes)
+    ):
+        raise TypeError(f"logical_axes must be three names, of (experts, H, I), got {logical_axes!r}")
+    if expert_sharding is not None:
+        raise ValueError(f"give logical_axes or expert_sharding, not both; got {expert_sharding!r}")
+
+
+def _placement(ep: ExpertParallel | None, *, logical: bool) -> dict[str, Any]:
     """Metadata that says where Flax places a parameter with ``out_sharding`` when it is made."""
+    if logical and not get_logical_axis_rules():
+        return {"eager_sharding": False}  # names that mean no mesh axis yet
     if ep is not None and isinstance(ep.mesh, Mesh):
         return {"mesh": ep.mesh}
     # Without a mesh of devices (none at all, or an abstract one) the annotation is for later.

@@ -1,15 +1,20 @@
 """The experts' matrix products: contiguous groups of rows, a matrix for each group.
 
-The one place where they are made, so that a faster kernel for a platform replaces one function. Everywhere
-but on CPU that is ``jax.lax.ragged_dot``. XLA:CPU expands ragged_dot into a masked product of all rows with
-all groups' matrices; a rank of an expert-parallel group has room for the worst case and usually fills a
-fraction of it, so there a loop over blocks of live rows does the work instead, and its cost follows
-group_sizes.
+The one place where they are made, so that a faster kernel for a platform replaces one function. On NVIDIA
+GPUs that is ``tokamax.ragged_dot`` where tokamax is installed, on CPU a loop, else ``jax.lax.ragged_dot``.
+
+XLA:CPU expands ragged_dot into a masked product of all rows with all groups' matrices; a rank of an
+expert-parallel group has room for the worst case and usually fills a fraction of it, so there a loop over
+blocks of live rows does the work instead, and its cost follows group_sizes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +26,35 @@ from pplx_jax import compat
 _BLOCK = 64
 
 
-def grouped_gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+#: "auto", or a function with `grouped_gemm`'s arguments, result and promises about the rows past the end.
+Implementation: TypeAlias = Literal["auto"] | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless it is an `Implementation`."""
+    if isinstance(implementation, str):
+        if implementation != "auto":
+            raise ValueError(f'grouped_gemm must be "auto" or a function, got {implementation!r}')
+    elif not callable(implementation):
+        raise TypeError(f'grouped_gemm must be "auto" or a function, got {type(implementation).__name__}')
+
+
+def grouped_gemm(
+    tokens: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: Implementation = "auto",
+) -> jax.Array:
     """Multiplies contiguous groups of rows by a matrix each. Reverse-mode differentiable in both.
 
     Args:
       tokens: [M, A]; the first group_sizes[0] rows belong to group 0, and so on.
       weights: [G, A, B], tokens' dtype.
       group_sizes: int32 [G], with a sum of at most M.
+      implementation: "auto" takes the best one known for the platform that the program is compiled for. Or a
+        function of (tokens, weights, group_sizes) that is differentiable itself; inside ``jax.shard_map`` its
+        operands all vary over the same axes.
 
     Returns:
       [M, B] of tokens' dtype, accumulated in float32; rows past the last group are zero, and neither they nor
@@ -49,15 +76,35 @@ def grouped_gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
     operands = (tokens, weights, group_sizes)
     axes = frozenset().union(*(compat.varying_axes(a) for a in operands))
     tokens, weights, group_sizes = (compat.to_varying(a, axes) for a in operands)
-    return _gemm(tokens, weights, group_sizes)
+    if implementation == "auto":
+        return _gemm(tokens, weights, group_sizes)
+    check_implementation(implementation)
+    out = implementation(tokens, weights, group_sizes)
+    shape = (tokens.shape[0], weights.shape[2])
+    if getattr(out, "shape", None) != shape or out.dtype != tokens.dtype:
+        raise ValueError(
+            f"grouped_gemm={implementation!r} must return {tokens.dtype} {list(shape)}, got "
+            f"{getattr(out, 'dtype', type(out).__name__)} {list(getattr(out, 'shape', ()))}"
+        )
+    return out
+
+
+@functools.cache
+def gpu_library() -> Any:
+    """tokamax, where it is installed and JAX has a GPU (it chooses its kernel by that device); else None."""
+    if jax.default_backend() != "gpu" or importlib.util.find_spec("tokamax") is None:
+        return None
+    return importlib.import_module("tokamax")
 
 
 @jax.custom_vjp
 def _gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     if tokens.shape[0] == 0:
         return tokens @ weights[0]
+    library = gpu_library()
+    kernels = {} if library is None else {"cuda": functools.partial(_library_rows, library)}
     out: jax.Array = lax.platform_dependent(
-        tokens, weights, group_sizes, cpu=_loop_rows, default=_ragged_rows
+        tokens, weights, group_sizes, cpu=_loop_rows, default=_ragged_rows, **kernels
     )
     return out
 
@@ -71,8 +118,10 @@ def _backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, N
     d_tokens = _gemm(cotangent, weights.swapaxes(1, 2), group_sizes)
     if tokens.shape[0] == 0:
         return d_tokens, jnp.zeros_like(weights), None
+    library = gpu_library()
+    kernels = {} if library is None else {"cuda": functools.partial(_library_weights, library)}
     d_weights = lax.platform_dependent(
-        tokens, cotangent, group_sizes, cpu=_loop_weights, default=_ragged_weights
+        tokens, cotangent, group_sizes, cpu=_loop_weights, default=_ragged_weights, **kernels
     )
     return d_tokens, d_weights, None
 
@@ -96,6 +145,36 @@ def _ragged_weights(tokens: jax.Array, cotangent: jax.Array, group_sizes: jax.Ar
         tokens, cotangent, group_sizes, _CONTRACT_ROWS, preferred_element_type=jnp.float32
     )
     return out.astype(tokens.dtype)
+
+
+def _live(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Zeros past the last group, where a kernel may leave, and might read, anything."""
+    row = jnp.arange(rows.shape[0], dtype=group_sizes.dtype)
+    return jnp.where((row < group_sizes.sum())[:, None], rows, 0)
+
+
+def _library_rows(library: Any, tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    def product(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        out = library.ragged_dot(tokens, weights, group_sizes, preferred_element_type=tokens.dtype)
+        return _live(out, group_sizes)
+
+    return compat.as_unchecked(product, tokens, weights, group_sizes)
+
+
+def _library_weights(
+    library: Any, tokens: jax.Array, cotangent: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    def product(tokens: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        out: jax.Array = library.ragged_dot_general(
+            _live(tokens, group_sizes),
+            _live(cotangent, group_sizes),
+            group_sizes,
+            _CONTRACT_ROWS,
+            preferred_element_type=tokens.dtype,
+        )
+        return out
+
+    return compat.as_unchecked(product, tokens, cotangent, group_sizes)
 
 
 def _blocks(group_sizes: jax.Array) -> tuple[jax.Array, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pplx_jax import compat, ops
 
@@ -55,3 +56,37 @@ def moe_remat(function: Callable[..., Any]) -> Callable[..., Any]:
         return _recomputed(*compat.lift_closure(function, args), args)
 
     return wrapped
+
+
+def named_residuals(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``function``, its results and whatever its derivative keeps carrying a name for `jax.checkpoint`.
+
+    A policy that saves this name then has all that the backward pass needs of the function. To name the
+    results alone isn't enough for one with a custom derivative: what that keeps comes from inside.
+
+    Args:
+      function: of pytrees of arrays; closes over no traced array.
+      name: for policies such as ``jax.checkpoint_policies.save_only_these_names``.
+    """
+
+    def mark(tree: Any) -> Any:
+        # What is both a result and kept for the derivative is named, and saved, once.
+        marked: dict[int, Any] = {}
+        for leaf in jax.tree.leaves(tree):
+            if id(leaf) not in marked:
+                marked[id(leaf)] = checkpoint_name(leaf, name)
+        return jax.tree.map(lambda leaf: marked[id(leaf)], tree)
+
+    @jax.custom_vjp
+    def named(*args: Any) -> Any:
+        return mark(function(*args))
+
+    def forward(*args: Any) -> tuple[Any, Any]:
+        out, transpose = mark(jax.vjp(function, *args))
+        return out, transpose
+
+    def backward(transpose: Any, cotangents: Any) -> Any:
+        return transpose(cotangents)
+
+    named.defvjp(forward, backward)
+    return named

@@ -11,6 +11,7 @@ Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing" (arXiv:2408.15664).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -39,6 +40,20 @@ class Routing(NamedTuple):
     indices: jax.Array
     weights: jax.Array
     probs: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SavedRouting:
+    """A routing taken from one call to be given to another; a pytree.
+
+    Attributes:
+      indices: integers [..., K], a token's distinct experts, -1 for none.
+      weights: float [..., K], or None: computed anew from the scores of these experts.
+    """
+
+    indices: jax.Array
+    weights: jax.Array | None = None
 
 
 class RouterSums(NamedTuple):
@@ -153,8 +168,7 @@ def route(
             f"bias must have shape [{num_experts}] (one entry an expert), got {tuple(bias.shape)}"
         )
 
-    logits = logits.astype(jnp.float32)
-    scores = jax.nn.softmax(logits, axis=-1) if score_fn == "softmax" else jax.nn.sigmoid(logits)
+    scores = _scores(logits, score_fn)
     ranking = jax.lax.stop_gradient(scores)
     if bias is not None:
         ranking = ranking + jax.lax.stop_gradient(bias.astype(jnp.float32))
@@ -165,10 +179,80 @@ def route(
         allowed = (chosen[:, :, None] == jnp.arange(num_groups)).any(axis=1)
         ranking = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(tokens, num_experts)
     _, indices = jax.lax.top_k(ranking, top_k)
-    weights = jnp.take_along_axis(scores, indices, axis=-1)
+    return Routing(indices.astype(jnp.int32), _weights(scores, indices, normalize, scale), scores)
+
+
+def _scores(logits: jax.Array, score_fn: ScoreFn) -> jax.Array:
+    logits = logits.astype(jnp.float32)
+    return jax.nn.softmax(logits, axis=-1) if score_fn == "softmax" else jax.nn.sigmoid(logits)
+
+
+def _weights(scores: jax.Array, indices: jax.Array, normalize: bool, scale: float) -> jax.Array:
+    """Weights of the chosen experts, [T, K]; 0 where there is none."""
+    chosen = jnp.take_along_axis(scores, jnp.maximum(indices, 0), axis=-1)
+    weights = jnp.where(indices < 0, 0.0, chosen)
     if normalize:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + _TINY)
-    return Routing(indices.astype(jnp.int32), weights * jnp.float32(scale), scores)
+    scaled: jax.Array = weights * jnp.float32(scale)
+    return scaled
+
+
+def check_saved_routing(routing: Any, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless routing is a SavedRouting of this shape."""
+    if not isinstance(routing, SavedRouting):
+        raise TypeError(f"routing must be a SavedRouting, got {type(routing).__name__}")
+    fields: tuple[tuple[str, Any, Any], ...] = (
+        ("indices", routing.indices, jnp.integer),
+        ("weights", routing.weights, jnp.floating),
+    )
+    for name, value, kind in fields:
+        if value is None and name == "weights":
+            continue
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, kind):
+            wanted = "integers" if kind is jnp.integer else "floating point"
+            raise TypeError(
+                f"routing.{name} must be {wanted}, got {getattr(value, 'dtype', type(value).__name__)}"
+            )
+        if tuple(value.shape) != shape:
+            raise ValueError(f"routing.{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def replay(
+    logits: jax.Array,
+    saved: SavedRouting,
+    *,
+    score_fn: ScoreFn = "softmax",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """A routing with given experts in place of the best: what `route` would return, had it chosen them.
+
+    With ``saved.weights`` those are the weights, and no gradient reaches the logits through them. Without,
+    weights follow from the logits as in `route`, and so does their gradient: the choice is a constant there,
+    too, so a router whose choices are replayed learns as one that made them (routing replay in reinforcement
+    learning, Ma et al. 2025, arXiv:2510.11370).
+
+    Args:
+      logits: floating [T, E]; computed with in float32.
+      saved: indices [T, K], each from -1 (no expert, weight 0) to E - 1.
+      score_fn, normalize, scale: see `route`.
+
+    Returns:
+      A Routing of int32 indices and float32 weights; probs are this call's scores.
+
+    Raises:
+      TypeError, ValueError: an argument has a wrong type or shape; the message names it.
+    """
+    _check_logits(logits)
+    top_k = saved.indices.shape[-1] if getattr(saved, "indices", None) is not None else 0
+    check_saved_routing(saved, (logits.shape[0], top_k))
+    scores = _scores(logits, score_fn)
+    indices = saved.indices.astype(jnp.int32)
+    if saved.weights is None:
+        weights = _weights(scores, indices, normalize, scale)
+    else:
+        weights = saved.weights.astype(jnp.float32)
+    return Routing(indices, weights, scores)
 
 
 def router_sums(logits: jax.Array, routing: Routing, *, mask: jax.Array | None = None) -> RouterSums:

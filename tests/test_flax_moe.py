@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,46 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from moe_layer import INIT, INNER, H, arrays, assert_close, collectives, group, make_params, mesh_of
 
-import pplx_jax
-from pplx_jax.experts import ACTIVATIONS, ExpertParams, apply_experts
+from pplx_jax.experts import ACTIVATIONS, ExpertParams, apply_experts, default_init
 from pplx_jax.flax import MoE, SelectionBias, moe_layers, name_layers
 from pplx_jax.grouped_gemm import _ragged_rows, _ragged_weights, grouped_gemm
 from pplx_jax.models.byte_lm import ByteLM, ByteLMConfig, generate, loss_fn
-from pplx_jax.moe import MoEConfig, MoEParams, init_params, moe, token_axes
-
-H, INNER = 16, 12
-INIT = jax.nn.initializers.normal(0.3)  # compiles faster than the default
-
-
-def mesh_of(explicit: bool = False, **axes: int) -> Mesh:
-    sizes = tuple(axes.values())
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    return Mesh(devices, tuple(axes), axis_types=(kind,) * len(sizes))
-
-
-@contextlib.contextmanager
-def group(mesh: Mesh, experts: int, top_k: int, tokens: int = 32, **fields: Any) -> Iterator[Any]:
-    fields = {"hidden": H, "dtype": jnp.float32, "name": "flax-test", **fields}
-    with pplx_jax.ExpertParallel(
-        mesh, "ep", num_experts=experts, top_k=top_k, max_tokens=tokens, stall_timeout=50.0, **fields
-    ) as ep:
-        yield ep
-
-
-@functools.cache
-def make_params(experts: int, **options: Any) -> MoEParams:
-    """Random parameters without zeros, so that each expert and each bias shows in the result."""
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), H, INNER, experts, **options))
-    rng = np.random.default_rng(0)
-    made: MoEParams = jax.tree.map(
-        lambda a: jnp.asarray(rng.normal(scale=0.3, size=a.shape), a.dtype), shapes
-    )
-    return made
-
+from pplx_jax.moe import MoEConfig, MoEParams, moe, token_axes
 
 # Compiled: op by op takes longer.
 dense = jax.jit(moe, static_argnames=("config",))
@@ -96,13 +61,6 @@ def naive_moe(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
     return y.reshape(x.shape)
 
 
-def assert_close(got: Any, want: Any, tolerance: float = 2e-5) -> None:
-    def check(path: Any, a: Any, b: Any) -> None:
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
-
-    jax.tree_util.tree_map_with_path(check, jax.device_get(got), jax.device_get(want))
-
-
 # ---- dense -------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +100,12 @@ def test_every_named_activation_is_used() -> None:
         for name in ACTIVATIONS
     ]
     assert len({np.asarray(y).tobytes() for y in results}) == len(ACTIVATIONS)
+
+
+def test_stacked_experts_are_as_large_as_a_dense_one() -> None:
+    for shape in ((64, 32), (16, 64, 32)):
+        deviation = default_init(jax.random.key(0), shape, jnp.float32).std()
+        assert deviation == pytest.approx(64**-0.5, rel=0.05)
 
 
 def test_masked_tokens_reach_no_expert_and_count_nowhere() -> None:
@@ -282,11 +246,6 @@ def test_drops_are_counted() -> None:
     assert np.count_nonzero(np.abs(np.asarray(y)).sum(1)) == 8
 
 
-def collectives(hlo: str) -> list[str]:
-    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    return re.findall(rf"= \S+ ({names})(?:-start)?\(", hlo)
-
-
 @pytest.mark.parametrize("explicit", [False, True])
 def test_compiled_program_has_only_the_declared_collectives(explicit: bool) -> None:
     mesh = mesh_of(explicit=explicit, dp=2, ep=4)
@@ -348,10 +307,6 @@ def stack_gradients(model: Stack, x: jax.Array) -> Any:
         return (y**2).mean() + balance
 
     return nnx.value_and_grad(loss)(model)
-
-
-def arrays(tree: Any) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def test_module_in_a_stack_with_and_without_a_group() -> None:

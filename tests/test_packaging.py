@@ -39,7 +39,7 @@ def test_public_names_exist():
         assert getattr(pplx_jax, name) is not None
 
 
-@pytest.mark.parametrize("module", ["models", "testing", "engine", "flax"])
+@pytest.mark.parametrize("module", ["models", "testing", "engine", "flax", "linen", "balance"])
 def test_modules_import(module):
     assert importlib.import_module(f"pplx_jax.{module}").__name__ == f"pplx_jax.{module}"
 
