@@ -478,7 +478,10 @@ class ExpertParallel:
         values = shaped(out.values)
         tokens, scales = values, None
         if out.tokens is not None and out.scales is not None:
-            why = "batch.tokens and batch.scales of quantised tokens have no derivative: use batch.values"
+            why = (
+                "batch.tokens and batch.scales of quantised tokens have no derivative: use batch.values (and "
+                "don't return them from a function with a custom derivative, which makes zeros for them)"
+            )
             tokens = shaped(ops.not_differentiable(why, out.tokens))
             scales = shaped(ops.not_differentiable(why, out.scales))
         batch = Batch(

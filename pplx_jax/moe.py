@@ -165,7 +165,9 @@ def _group_exchange(
     assert ep is not None
 
     def dispatch(x: jax.Array, indices: jax.Array, weights: jax.Array, expert_map: jax.Array | None) -> Any:
-        return ep.dispatch(x, indices, weights, expert_map=expert_map, name=static.name)
+        batch, route = ep.dispatch(x, indices, weights, expert_map=expert_map, name=static.name)
+        # What is quantised has no derivative, not even a zero one.
+        return replace(batch, tokens=batch.values, scales=None), route
 
     batch, way_back = named_residuals(dispatch, "moe_dispatched")(
         x.astype(ep.config.dtype), indices, weights, expert_map
@@ -183,8 +185,8 @@ def _grouped(batch: Batch, ep: ExpertParallel) -> tuple[jax.Array, jax.Array]:
     """The batch's rows [M, H] and how many belong to each expert, in either layout."""
     if ep.config.layout == "ragged":
         return batch.values, batch.group_sizes
-    experts, rows, hidden = batch.values.shape
     values = batch.values
+    rows, hidden = values.shape[1:]
     if not ep.config.zero_tail:
         # What an expert's unused rows hold would meet zero cotangents in its weights' gradient.
         used = jnp.arange(rows) < batch.group_sizes[:, None]

@@ -186,8 +186,37 @@ def test_group_on_explicit_axes(axes: dict[str, int], experts: int, shape: tuple
     check_group(mesh_of(explicit=True, **axes), experts, shape, {}, MoEConfig(top_k=2))
 
 
+@pytest.mark.parametrize("zero_tail", [True, False])
+def test_group_of_the_padded_layout(zero_tail: bool) -> None:
+    fields = {"layout": "padded", "zero_tail": zero_tail}
+    check_group(mesh_of(ep=4), 10, (16, H), {"use_bias": True}, MoEConfig(top_k=3), **fields)
+
+
+@pytest.mark.parametrize("quant", ["fp8", "fp8_ue8m0"])
+def test_group_that_quantises_is_near_dense(quant: str) -> None:
+    """Experts see tokens of about 4 bits' precision; gradients flow straight through."""
+    params, config = make_params(8), MoEConfig(top_k=2)
+    x = jax.random.normal(jax.random.key(2), (16, H))
+
+    def run(ep: Any) -> Any:
+        return jax.jit(jax.value_and_grad(lambda p, x: (moe(p, x, config, ep=ep)[0] ** 2).sum(), (0, 1)))(
+            params, x
+        )
+
+    with group(mesh_of(ep=4), 8, 2, quant=quant) as ep:
+        got = jax.block_until_ready(run(ep))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run(None)), strict=True):
+        error = np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b))
+        assert 0 < error < 0.1
+
+
 def check_group(
-    mesh: Mesh, experts: int, shape: tuple[int, ...], options: dict[str, Any], config: MoEConfig
+    mesh: Mesh,
+    experts: int,
+    shape: tuple[int, ...],
+    options: dict[str, Any],
+    config: MoEConfig,
+    **fields: Any,
 ) -> None:
     params = make_params(experts, **options)
     x = jax.random.normal(jax.random.key(2), shape)
@@ -201,7 +230,7 @@ def check_group(
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
-    with group(mesh, experts, config.top_k) as ep:
+    with group(mesh, experts, config.top_k, **fields) as ep:
         got = jax.block_until_ready(run(ep))
     assert_close(got, run(None))
     aux = got[0][1][1]
