@@ -165,7 +165,7 @@ std::unique_lock<std::mutex> ExchangeGroup::enter(int64_t run) {
   if (before == run) return lock;
   const bool returns = std::find(past_runs_.begin(), past_runs_.end(), run) != past_runs_.end();
   if ((met || returns) && !closed_ && !failed_) fail_overlap();
-  past_runs_.push_back(before);
+  if (next_exchange_ != 0) past_runs_.push_back(before);  // there is one
   if (past_runs_.size() > kPastRuns) past_runs_.pop_front();
   return lock;
 }
