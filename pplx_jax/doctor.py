@@ -24,13 +24,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pplx_jax import _core, environment
+from pplx_jax import _core, environment, plugins
 from pplx_jax.engine import TransferEngine, set_library_search_path
 from pplx_jax.errors import PplxError
 from pplx_jax.interfaces import interfaces
 
-_PACKAGES = ("pplx-jax", "jax", "jaxlib", "flax", "numpy", "pplx-jax-cuda12", "pplx-jax-cuda13")
-_OPTIONAL = ("pplx-jax-cuda12", "pplx-jax-cuda13")
+_PACKAGES = ("pplx-jax", "jax", "jaxlib", "flax", "numpy")
 _GIB = 2**30
 _SHM_FILE = re.compile(r"(\d+):\d+:\d+")  # libfabric's names of shm endpoints: pid, uid, index
 
@@ -52,6 +51,7 @@ def examine() -> dict[str, Any]:
         "host": socket.gethostname(),
         "versions": _versions(problems),
         "environment": _environment(problems),
+        "plugins": _plugins(problems),
         "libraries": _libraries(problems),
         "fabrics": _fabrics(problems),
         "interfaces": _interfaces(problems),
@@ -79,13 +79,24 @@ def _versions(problems: list[Problem]) -> dict[str, str | None]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            if package in _OPTIONAL:
-                continue
             versions[package] = None
             # A source tree on PYTHONPATH has no metadata, and works.
             if package != "pplx-jax":
                 problems.append(Problem("error", f"{package} is not installed", f"pip install {package}"))
     return versions
+
+
+def _plugins(problems: list[Problem]) -> list[dict[str, Any]]:
+    found = plugins.discover()
+    problems += [
+        Problem("error", f"plugin {plugin.name}: {plugin.problem}", f"pip install or uninstall {plugin.name}")
+        for plugin in found
+        if plugin.problem
+    ]
+    return [
+        {"name": plugin.name, "version": plugin.version, "kernels": len(plugin.registrations)}
+        for plugin in found
+    ]
 
 
 def _environment(problems: list[Problem]) -> dict[str, str]:
@@ -363,6 +374,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     versions = Table("package", "version", title="Versions")
     for name, version in report["versions"].items():
         versions.add_row(name, version or "[yellow]not installed[/yellow]")
+    for plugin in report["plugins"]:
+        versions.add_row(f"plugin {plugin['name']}", f"{plugin['version']}, {plugin['kernels']} kernels")
     for name, library in report["libraries"].items():
         found = f"{library.get('version', 'found')}, {library.get('path')}"
         versions.add_row(name, escape(library.get("error", found)))

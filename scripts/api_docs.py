@@ -21,7 +21,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("Configuration", "config", ("ExchangeConfig", "Memory")),
     ("Recomputation", "remat", ("moe_remat",)),
     ("Flax layer", "flax", None),
-    ("The layer as a function", "moe", ("moe", "init_params", "MoEConfig", "MoEParams", "MoEAux", "token_axes")),
+    (
+        "The layer as a function",
+        "moe",
+        ("moe", "init_params", "MoEConfig", "MoEParams", "MoEAux", "token_axes"),
+    ),
     ("Router", "router", None),
     ("Experts", "experts", None),
     ("Fabrics", "fabric", ("Fabric",)),
@@ -35,7 +39,7 @@ Documented = ast.ClassDef | ast.FunctionDef
 
 
 def public_names(tree: ast.Module) -> tuple[str, ...]:
-    """``__all__`` where there is one, else what is defined without an underscore; in the order of the source."""
+    """``__all__``, or else what is defined without an underscore; in the order of the source."""
     defined = [node.name for node in tree.body if isinstance(node, Documented)]
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -125,8 +129,8 @@ def render() -> str:
     """The whole reference."""
     parts = [
         "# API reference\n",
-        "Written by `scripts/api_docs.py` from the docstrings: change those, then run it. "
-        "What `import pplx_jax` has is marked; other names are in the module that the heading tells.\n",
+        "Written by `scripts/api_docs.py` from the docstrings: change those, then run it. Each section says "
+        "what\n`import pplx_jax` has of it; other names are in the module that its heading tells.\n",
     ]
     exported = public_names_of_package()
     for title, module, wanted in SECTIONS:

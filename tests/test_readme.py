@@ -1,4 +1,4 @@
-"""The examples of README and guide run as they stand; links lead somewhere; the API reference is up to date."""
+"""Examples of README and guide run as they stand, links lead somewhere, the API reference is up to date."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ def test_links(path):
 
 def test_the_api_reference_is_up_to_date():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "api_docs.py", "--check"], capture_output=True, text=True, timeout=60
+        [sys.executable, ROOT / "scripts" / "api_docs.py", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
