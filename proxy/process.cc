@@ -45,8 +45,10 @@ struct Forks {
   }
 };
 
-void leave(int status, void* owner) {
-  if (getpid() == static_cast<pid_t>(reinterpret_cast<intptr_t>(owner))) return;
+std::atomic<pid_t> g_owner{0};  // of what leave() keeps from being unloaded
+
+void leave(int status, void* /*unused*/) {
+  if (getpid() == g_owner) return;
   std::fflush(nullptr);
   _exit(status);
 }
@@ -90,6 +92,9 @@ void at_fork_in_child(void (*action)() noexcept) {
   ++forks.num_actions;
 }
 
-void exit_early_in_forks() { on_exit(leave, reinterpret_cast<void*>(static_cast<intptr_t>(getpid()))); }
+void exit_early_in_forks() {
+  g_owner = getpid();
+  on_exit(leave, nullptr);
+}
 
 }  // namespace pplx

@@ -34,6 +34,7 @@
 #include "proxy/engine/engine.h"
 #include "proxy/error.h"
 #include "proxy/fabric/library_path.h"
+#include "proxy/process.h"
 
 namespace nb = nanobind;
 
@@ -402,14 +403,14 @@ class PyEngine {
   explicit PyEngine(const EngineConfig& config) : completer_(std::make_shared<Completer>()) {
     const nb::gil_scoped_release release;
     engine_ = std::make_shared<TransferEngine>(config);
+    keep_in_forks(this, completer_);  // its thread is not there to be joined
   }
   PyEngine(const PyEngine&) = delete;
   PyEngine& operator=(const PyEngine&) = delete;
   ~PyEngine() {
     const nb::gil_scoped_release release;
+    withdraw_from_forks(this);
     shut_down();
-    // Its thread is not there to be joined.
-    if (engine_->forked()) static_cast<void>(new std::shared_ptr<Completer>(std::move(completer_)));
     engine_.reset();
   }
 

@@ -384,9 +384,11 @@ class LibfabricFabric final : public Fabric {
         if (!names.empty()) names += ", ";
         names += info->domain_attr->name;
       }
-      throw Error(ErrorKind::kFabric,
-                  "the libfabric provider " + provider + " has no NIC '" + config.nic + "' (PPLX_NICS)" +
-                      (node != nullptr ? std::string(" with address ") + node : "") + "; it has " + names);
+      std::string text = "the libfabric provider ";
+      text += provider + " has no NIC '" + config.nic + "' (PPLX_NICS)";
+      if (node != nullptr) text += std::string(" with address ") + node;
+      text += "; it has ";
+      throw Error(ErrorKind::kFabric, text + names);
     }
     throw Error(ErrorKind::kFabric,
                 "libfabric " + std::to_string(lib_.major()) + "." + std::to_string(lib_.minor()) + " (" +

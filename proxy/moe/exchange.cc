@@ -44,7 +44,7 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, 
   const auto parked = ticket == 0 ? group.parked_.end() : group.parked_.find(ticket - 1);
   if (parked == group.parked_.end() || parked->second.kind != site.kind || parked->second.tag != site.tag ||
       parked->second.run != run) {
-    if (const auto failure = group.failure()) throw *failure;
+    if (const auto failure = group.failure()) throw Error(*failure);
     throw Error(ErrorKind::kInvalidArgument,
                 "group '" + group.config_.name +
                     "': " + site_text(kind_name(site.kind), site.name, site.tokens, site.top_k, site.hidden) +
