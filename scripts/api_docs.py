@@ -17,9 +17,10 @@ TARGET = ROOT / "docs" / "api.md"
 
 #: Section, module, and the public names to show in it; None for all.
 SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
-    ("Expert parallelism", "expert_parallel", ("ExpertParallel", "Batch", "Route")),
+    ("Expert parallelism", "expert_parallel", None),
     ("Configuration", "config", ("ExchangeConfig", "Memory")),
     ("Recomputation", "remat", ("moe_remat",)),
+    ("Export", "ops", ("export_checks",)),
     ("Flax layer", "flax", None),
     (
         "The layer as a function",
@@ -133,12 +134,14 @@ def render() -> str:
         "what\n`import pplx_jax` has of it; other names are in the module that its heading tells.\n",
     ]
     exported = public_names_of_package()
+    shown: set[str] = set()
     for title, module, wanted in SECTIONS:
         tree = ast.parse((PACKAGE / f"{module}.py").read_text())
         names = wanted or public_names(tree)
         nodes = {node.name: node for node in tree.body if isinstance(node, Documented)}
         parts.append(f"## {title}: `pplx_jax.{module}`\n")
         top = [name for name in names if name in exported]
+        shown.update(top)
         if top:
             parts.append("In `pplx_jax`: " + ", ".join(f"`{name}`" for name in top) + ".\n")
         for name in names:
@@ -148,6 +151,8 @@ def render() -> str:
             else:
                 head = signature(node, node.name, method=False)
                 parts.append(f"### `{name}`\n\n```text\n{head}\n{text_of(node)}```\n")
+    if missing := exported - shown:
+        raise ValueError(f"no section shows {', '.join(sorted(missing))}: add them to SECTIONS")
     return "\n".join(parts)
 
 
