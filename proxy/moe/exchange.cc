@@ -23,7 +23,8 @@ std::string site_text(const char* kind, std::string_view name, uint32_t tokens, 
 }  // namespace
 
 Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, int64_t run)
-    : group_(group), lock_(group.enter(run)), site_(site), round_(round), started_(Clock::now()) {
+    : group_(group), lock_(group.enter(met_)), site_(site), round_(round), started_(Clock::now()) {
+  group.begin(run, met_);
   finish_abandoned(run);
   number_ = group.next_exchange_++;
   const auto& launches = group.config_.launches;
@@ -40,10 +41,12 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, i
 }
 
 Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, int64_t run, bool* poisoned)
-    : group_(group), lock_(group.enter(run)), site_(site), round_(0), started_(Clock::now()) {
+    : group_(group), lock_(group.enter(met_)), site_(site), round_(0), started_(Clock::now()) {
   const auto parked = ticket == 0 ? group.parked_.end() : group.parked_.find(ticket - 1);
   if (parked == group.parked_.end() || parked->second.kind != site.kind || parked->second.tag != site.tag ||
       parked->second.run != run) {
+    // Another execution may have thrown it away.
+    if (group.overlaps(run, met_)) group.fail_overlap();
     if (const auto failure = group.failure()) throw Error(*failure);
     throw Error(ErrorKind::kInvalidArgument,
                 "group '" + group.config_.name +
@@ -51,6 +54,7 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, 
                     " is received, but what it received from is not under way: each send is received "
                     "exactly once, in the same execution");
   }
+  group.begin(run, met_);
   number_ = parked->first;
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
   first_call_ = parked->second.first_call;

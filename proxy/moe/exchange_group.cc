@@ -156,18 +156,25 @@ void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
 
 // One thread launches one execution after the other, and a device runs them in that order, each to its end.
 // So an exchange of one execution amid those of another says that two threads launch.
-std::unique_lock<std::mutex> ExchangeGroup::enter(int64_t run) {
+std::unique_lock<std::mutex> ExchangeGroup::enter(bool& met) {
   mark_.require("the group");
   std::unique_lock lock(exchange_mutex_, std::try_to_lock);
-  const bool met = !lock;  // somebody who was in an exchange, or close()
+  met = !lock;  // somebody who was in an exchange, or close()
   if (met) lock.lock();
-  const int64_t before = current_run_.exchange(run);
-  if (before == run) return lock;
-  const bool returns = std::find(past_runs_.begin(), past_runs_.end(), run) != past_runs_.end();
-  if ((met || returns) && !closed_ && !failed_) fail_overlap();
-  if (next_exchange_ != 0) past_runs_.push_back(before);  // there is one
-  if (past_runs_.size() > kPastRuns) past_runs_.pop_front();
   return lock;
+}
+
+bool ExchangeGroup::overlaps(int64_t run, bool met) const {
+  if (closed_ || failed_ || next_exchange_ == 0 || current_run_ == run) return false;
+  return met || std::find(past_runs_.begin(), past_runs_.end(), run) != past_runs_.end();
+}
+
+void ExchangeGroup::begin(int64_t run, bool met) {
+  const bool overlap = overlaps(run, met);
+  const int64_t before = current_run_.exchange(run);
+  if (before != run && next_exchange_ != 0) past_runs_.push_back(before);
+  if (past_runs_.size() > kPastRuns) past_runs_.pop_front();
+  if (overlap) fail_overlap();
 }
 
 void ExchangeGroup::fail_overlap() {

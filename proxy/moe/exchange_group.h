@@ -130,8 +130,11 @@ class ExchangeGroup {
     std::thread thread;
   };
 
-  // Takes the group for an exchange of execution `run`; fails it when another execution is not through yet.
-  std::unique_lock<std::mutex> enter(int64_t run);
+  // Takes the group for an exchange; `met`: had to wait for somebody. Then begin(), which fails the group
+  // when another execution is not through yet.
+  std::unique_lock<std::mutex> enter(bool& met);
+  void begin(int64_t run, bool met);
+  bool overlaps(int64_t run, bool met) const;
   void fail_overlap();
   // A line that names group, rank and exchange: where no other is known, the latest that has begun.
   template <typename... Parts>
@@ -229,6 +232,7 @@ class Exchange {
   std::string describe() const;
 
   ExchangeGroup& group_;
+  bool met_ = false;  // another thread that was in an exchange; before the lock, which sets it
   std::unique_lock<std::mutex> lock_;
   CallSite site_;
   uint32_t round_;
