@@ -5,7 +5,7 @@
 
 help:
 	@echo 'make demo     train a small MoE transformer over 4 processes (about 2 minutes)'
-	@echo 'make test     everything: lint, types, C++ tests plain and under sanitizers, Python tests'
+	@echo 'make test     everything: lint, types, C++ tests plain and under sanitizers, Python tests, a wheel'
 	@echo '              (ONLY="mypy pytest" picks stages; ARGS="-k name" goes to pytest)'
 	@echo 'make setup    install what is missing and build the extension into .venv'
 	@echo 'make lint     ruff, mypy, clang-format, clang-tidy'

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import resource
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 app = typer.Typer(
     name="pplx-jax",
@@ -38,55 +34,21 @@ def demo(
 
 
 @app.command()
-def doctor() -> None:
-    """Show versions, and which fabrics work here and why others do not."""
-    console = Console()
-    versions = Table("package", "version", title="Versions")
-    versions.add_row("Python", f"{platform.python_version()} ({platform.machine()})")
-    for package in ("pplx-jax", "jax", "jaxlib", "flax", "numpy"):
-        try:
-            versions.add_row(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            versions.add_row(package, "[red]missing[/red]")
-    console.print(versions)
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show versions, fabrics, networks, devices and limits, and what to do about every problem.
 
-    usable = 0
-    fabrics = Table("fabric", "state", title="Fabrics")
-    for name in ("local", "sim", "tcp", "shm", "efa"):
-        state, works = _probe(name)
-        usable += works
-        fabrics.add_row(name, f"[green]{state}[/green]" if works else f"[yellow]{state}[/yellow]")
-    console.print(fabrics)
+    Exit code: 0 where nothing is an error (there may be warnings), 1 where ranks could not work here.
+    """
+    from pplx_jax import doctor as implementation
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / 2**20:g} MiB"
-    console.print(f"Cores: {len(os.sched_getaffinity(0))}. Locked memory (memlock): {limit}.")
-    if soft != resource.RLIM_INFINITY and soft < 2**30:
-        console.print(
-            "  NICs pin what is registered with them: raise it (ulimit -l unlimited) where one is used; "
-            "tcp and shm do not need that."
-        )
-    raise typer.Exit(0 if usable >= 2 else 1)
-
-
-def _probe(fabric: str) -> tuple[str, bool]:
-    """Open an engine and write through it to itself."""
-    import numpy as np
-
-    from pplx_jax.engine import TransferEngine
-    from pplx_jax.errors import PplxError
-
-    try:
-        with TransferEngine(fabric, timeout=5.0) as engine:
-            region = engine.empty(16, np.uint8)
-            region.array[:8] = range(8)
-            engine.write(region, region.descriptor, length=8, dst_offset=8, imm=1).result(5.0)
-            engine.imm_counter(1).wait(1)
-            if region.array[8:].tolist() != list(range(8)):
-                return f"{engine.fabric_name}: wrong data arrived", False
-            return f"{engine.fabric_name}: works", True
-    except (PplxError, ValueError) as error:
-        return str(error), False
+    report = implementation.examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        implementation.show(report, Console())
+    raise typer.Exit(implementation.exit_code(report))
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ class Engine:
         fabric: str,
         endpoints: int,
         bind_address: str,
+        nic: str,
         cpu: int,
         timeout: float,
         sim: dict[str, Any],
@@ -82,6 +83,7 @@ class Engine:
     def close(self) -> None: ...
 
 def set_library_search_path(folders: list[str]) -> None: ...
+def libfabric() -> tuple[str, str]: ...
 
 # ---- module.cc; used by config.py, membership.py and ops.py
 
@@ -115,13 +117,17 @@ class MoeShape:
     def scales(self) -> int: ...
     def buffer_bytes(self) -> tuple[int, int]: ...
 
+class Launches:
+    def __init__(self) -> None: ...
+
 class GroupConfig:
     name: str
     depth: int
     fingerprint: int
     fingerprint_text: str
     def set_timeouts(self, timeout: float, stall_timeout: float, first_stall_timeout: float, /) -> None: ...
-    def set_fabric(self, fabric: str, endpoints: int, bind_address: str, /) -> None: ...
+    launches: Launches
+    def set_fabric(self, fabric: str, endpoints: int, bind_address: str, nic: str, /) -> None: ...
     def set_simulation(
         self,
         seed: int,

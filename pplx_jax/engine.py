@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import math
 import operator
+import os
 import site
 import sys
 import threading
@@ -37,7 +38,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from pplx_jax import _core
+from pplx_jax import _core, environment
 
 __all__ = [
     "Address",
@@ -344,8 +345,10 @@ class TransferEngine:
             disordered by ``sim``), ``"tcp"``, ``"shm"``, or any libfabric provider with RDM endpoints and
             RMA (``"tcp;ofi_rxm"``, ``"efa"``, ...).
         endpoints: endpoints a peer, at most 64; more than one sprays writes, which then arrive in any order.
-        bind_address: IP address that the socket providers listen on; ``None`` for loopback only.
-        timeout: seconds that any wait may take unless it says otherwise.
+        bind_address: IP address that the socket providers listen on; ``None`` for that of
+            ``PPLX_SOCKET_IFNAME``, or else for loopback only.
+        timeout: seconds that any wait may take unless it says otherwise; ``None`` for 30, or what
+            ``PPLX_TIMEOUT`` says.
         sim: what ``"sim"`` does to traffic.
         cpu: core to pin the worker thread to; ``"auto"`` for one that no other engine of this machine has,
             where the process may use eight cores or more; ``None`` for any.
@@ -353,7 +356,8 @@ class TransferEngine:
     Raises:
         FabricError: the fabric's library or provider is missing; the text says what to install.
 
-    Safe to use from several threads. Close it, or use it as a context manager.
+    Safe to use from several threads, but not in a forked child: what is called there raises ``FabricError``.
+    Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -362,7 +366,7 @@ class TransferEngine:
         *,
         endpoints: int = 1,
         bind_address: str | None = None,
-        timeout: float = 30.0,
+        timeout: float | None = None,
         sim: SimOptions | None = None,
         cpu: int | Literal["auto"] | None = "auto",
     ) -> None:
@@ -375,13 +379,16 @@ class TransferEngine:
             _typed("sim", sim, SimOptions, "SimOptions or None")
             if fabric != "sim":
                 raise ValueError(f"sim: has a meaning for fabric='sim' only, fabric is {fabric!r}")
+        environment.check()
         set_library_search_path()
+        self._process = os.getpid()
         self._core = _core.Engine(
             fabric=fabric,
             endpoints=_integer("endpoints", endpoints, 1, 64),
-            bind_address=bind_address or "",
+            bind_address=bind_address or environment.socket_address() or "",
+            nic=next(iter(environment.nics()), ""),
             cpu=_core_number(cpu),
-            timeout=_seconds("timeout", timeout),
+            timeout=environment.timeout() if timeout is None else _seconds("timeout", timeout),
             sim=dataclasses.asdict(sim or SimOptions()),
         )
         self._address = Address(self._core.address)
@@ -619,8 +626,9 @@ class TransferEngine:
 
         Memory of live regions stays valid, but is no longer registered.
         """
-        with self._lock:
-            self._opened.clear()
+        if os.getpid() == self._process:
+            with self._lock:
+                self._opened.clear()
         self._core.close()
 
     def _own(self, region: Region) -> Region:

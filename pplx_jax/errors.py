@@ -11,7 +11,8 @@ class PplxError(Exception):
 
 
 class FabricError(PplxError):
-    """A library, provider or NIC is missing or refused an operation."""
+    """A library, provider or NIC is missing or refused an operation; or a forked child uses what its parent
+    made."""
 
 
 class PeerError(PplxError):

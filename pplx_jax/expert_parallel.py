@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from pplx_jax import _core, compat, halves, ops
+from pplx_jax import _core, compat, environment, halves, ops
 from pplx_jax.config import MAX_RANKS, ExchangeConfig
 from pplx_jax.fabric import Fabric
 from pplx_jax.membership import Membership
@@ -102,9 +102,11 @@ class ExpertParallel:
       name: tells groups of one program apart.
       expert_map: int [R, slots] or [R * slots]: the expert that each rank's slot hosts, -1 for none. An
         expert may be hosted several times; its tokens are spread over the replicas.
-      fabric: "auto" (in process where all ranks are in one, shared memory on one host, TCP otherwise),
-        "local", "shm", "tcp", "sim" or a libfabric provider; options as in ``pplx_jax.fabric``.
-      timeout: seconds of silence after which a peer counts as dead, and limit for connecting.
+      fabric: "auto" (``PPLX_FABRIC`` where that is set; else in process where all ranks are in one, shared
+        memory on one host, TCP otherwise), "local", "shm", "tcp", "sim" or a libfabric provider; options as
+        in ``pplx_jax.fabric``.
+      timeout: seconds of silence after which a peer counts as dead, and limit for connecting; 30, or what
+        the environment says (``PPLX_TIMEOUT``).
       stall_timeout: seconds to wait for a live peer that doesn't reach an exchange; three times that at a
         call's first execution. At most 50 where several ranks share a process, as XLA aborts a process
         whose collective is stuck for 60.
@@ -122,7 +124,7 @@ class ExpertParallel:
         name: str = "default",
         expert_map: Any = None,
         fabric: str = "auto",
-        timeout: float = 30.0,
+        timeout: float | None = None,
         stall_timeout: float = 300.0,
         **config_fields: Any,
     ) -> None:
@@ -145,6 +147,9 @@ class ExpertParallel:
             raise TypeError(f"config must be an ExchangeConfig, got {type(config).__name__}")
         if not isinstance(name, str) or not name or len(name) > 64:
             raise ValueError(f"name must be a string of 1 to 64 characters, got {name!r}")
+        environment.check()
+        if timeout is None:
+            timeout = environment.timeout()
         for what, seconds in (("timeout", timeout), ("stall_timeout", stall_timeout)):
             if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
                 raise ValueError(f"{what} must be a number of seconds > 0, got {seconds!r}")
@@ -549,6 +554,7 @@ class ExpertParallel:
             )
 
     def _call(self, tokens: int, name: str) -> ops.Call:
+        self._membership.require_own_process()
         config = self.config
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {name!r}")
@@ -652,7 +658,18 @@ class ExpertParallel:
         self._membership.check(sync)
 
     def stats(self) -> dict[str, Any]:
-        """Counters of this process's ranks: exchanges, bytes by peer, seconds waited for each, memory."""
+        """Counters of this process's ranks, since they connected.
+
+        Returns:
+          A dict: ``name``, ``state``, ``fabric``, ``memory`` in bytes, and
+            ``ranks``: for each local rank its ``exchanges``, and ``peers`` by rank: ``process`` (host and
+            pid), ``sent_bytes``, ``received_bytes``, and how late its messages came, in seconds after this
+            rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``
+            and ``longest_wait_seconds`` for an exchange;
+            ``slowest``: the rank that was waited for longest: ``rank`` and, with further mesh axes,
+            ``slice``, ``process``, ``seconds`` in all and ``longest`` for one exchange; None where nobody was
+            waited for, as on the slowest rank itself.
+        """
         return self._membership.stats()
 
     def close(self) -> None:

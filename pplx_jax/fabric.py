@@ -44,6 +44,12 @@ class Fabric:
         sim = tuple(sorted({**_SIM_OPTIONS, **options}.items())) if name == "sim" else ()
         return cls(name, endpoints, sim)
 
+    def __str__(self) -> str:
+        options = ([f"endpoints={self.endpoints}"] if self.endpoints > 1 else []) + [
+            f"{key}={value}" for key, value in self.sim
+        ]
+        return f"{self.name}:{','.join(options)}" if options else self.name
+
     @property
     def in_process(self) -> bool:
         """Whether it reaches only ranks of the same process."""

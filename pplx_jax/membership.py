@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, cast
@@ -12,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pplx_jax import _core, bootstrap, compat
+from pplx_jax import _core, bootstrap, compat, environment
 from pplx_jax.engine import set_library_search_path
-from pplx_jax.errors import GroupClosedError, MismatchError, make_error
+from pplx_jax.errors import FabricError, GroupClosedError, MismatchError, make_error
 from pplx_jax.fabric import Fabric
 
 if TYPE_CHECKING:
@@ -33,6 +34,17 @@ _live: dict[str, Membership] = {}
 _generations: dict[int, int] = {}
 
 
+def _forget_groups() -> None:
+    """In a forked child: the groups are the parent's, and their locks may be held by threads of its own."""
+    global _lock
+    _lock = threading.RLock()
+    _known.clear()
+    _live.clear()
+
+
+os.register_at_fork(after_in_child=_forget_groups)
+
+
 class Membership:
     """Connects, checks and closes on behalf of an ``ExpertParallel``."""
 
@@ -49,6 +61,8 @@ class Membership:
         self._timeout = timeout
         self._stall_timeout = stall_timeout
         self._members: dict[int, _core.Member] = {}
+        self._slices: list[int] = []  # of the members, in their order
+        self._process = os.getpid()
         self._closed = False
         self._connect_lock = threading.Lock()
         _known[self._group_id] = self
@@ -65,10 +79,20 @@ class Membership:
         if membership is not None:
             membership.connect()
 
+    def require_own_process(self) -> None:
+        """Raises where this process was forked from the one that made the group."""
+        if os.getpid() != self._process:
+            raise FabricError(
+                f"group '{self._name}' belongs to process {self._process}; this one, {os.getpid()}, was "
+                "forked from it, and neither threads nor network endpoints survive a fork: start processes "
+                "with multiprocessing.get_context('spawn') and make a group there"
+            )
+
     # --- connect ---
 
     def connect(self) -> None:
         """``ExpertParallel.connect``."""
+        self.require_own_process()
         with self._connect_lock:
             if self._closed:
                 raise GroupClosedError(f"group '{self._name}' was closed: make a new, equal one to reopen it")
@@ -104,9 +128,12 @@ class Membership:
         local = {device.id: place for device, place in ranks.items() if device.process_index == process}
         members: dict[int, _core.Member] = {}
         try:
-            for device, (slice_index, rank) in local.items():
+            nics = environment.nics() or ("",)
+            launches = {slice_index: _core.Launches() for slice_index, _ in local.values()}
+            for number, (device, (slice_index, rank)) in enumerate(local.items()):
                 shape = self._config.shape(rank, self._num_ranks, self._experts_per_rank)
-                config = self._group_config(fabric, address, len(local) > 1)
+                config = self._group_config(fabric, address, nics[number % len(nics)], len(local) > 1)
+                config.launches = launches[slice_index]
                 _set_network(config, fabric, f"{self._group_id:x}/{generation}/{slice_index}", rank)
                 members[device] = _core.Member(self._group_id, device, shape, config)
             endpoints = self._exchange_endpoints(boot, members)
@@ -120,6 +147,7 @@ class Membership:
             raise
         for member in members.values():
             member.publish()
+        self._slices = [slice_index for slice_index, _ in local.values()]
         return members
 
     def _ranks(self, mesh: Mesh) -> dict[Any, tuple[int, int]]:
@@ -131,27 +159,42 @@ class Membership:
 
     def _choose_fabric(self, boot: bootstrap.Bootstrap) -> tuple[Fabric, str]:
         """The fabric that all processes use, and the address to listen on."""
-        fabric = self._fabric
+        fabric, source = self._fabric, "fabric="
+        if fabric.name == "auto" and (wanted := environment.fabric()) is not None:
+            fabric, source = wanted, "PPLX_FABRIC="
         alone = len(boot.processes) == 1
-        if fabric.in_process and not alone:
-            raise ValueError(f"fabric '{fabric.name}' reaches only ranks of one process; use 'shm' or 'tcp'")
-        hello = {"host": bootstrap.host_identity(), "fabric": repr(fabric), "value": self._value}
+        # How a fabric was asked for is for people: only what was asked for has to agree.
+        hello = {
+            "host": bootstrap.host_identity(),
+            "fabric": str(fabric),
+            "value": self._value,
+            "asked": f"{source}{fabric}",
+        }
         everybody = cast("dict[int, dict[str, str]]", boot.exchange_json("hello", hello))
         for process, other in everybody.items():
-            for what in ("value", "fabric"):
+            for what, shown in (("value", "value"), ("fabric", "asked")):
                 if other[what] != hello[what]:
                     raise MismatchError(
-                        f"group '{self._name}' is configured differently on process {boot.process} "
-                        f"({hello[what]}) and on process {process} on {other['host'].split('/')[0]} "
-                        f"({other[what]}): give every rank the same arguments"
+                        f"group '{self._name}' is configured differently on process {boot.process} on "
+                        f"{hello['host'].split('/')[0]} ({hello[shown]}) and on process {process} on "
+                        f"{other['host'].split('/')[0]} ({other[shown]}): give every rank the same arguments "
+                        "and environment"
                     )
+        if fabric.in_process and not alone:
+            raise ValueError(
+                f"{source}{fabric}: '{fabric.name}' reaches only ranks of one process; use 'shm' or 'tcp'"
+            )
         one_host = len({other["host"] for other in everybody.values()}) == 1
         if fabric.name == "auto":
             fabric = Fabric("local" if alone else "shm" if one_host else "tcp", fabric.endpoints)
-        address = "127.0.0.1" if one_host else bootstrap.address_towards(compat.coordinator_address())
+        address = environment.socket_address()
+        if address is None:
+            address = "127.0.0.1" if one_host else bootstrap.address_towards(compat.coordinator_address())
         return fabric, address
 
-    def _group_config(self, fabric: Fabric, address: str, shares_process: bool) -> _core.GroupConfig:
+    def _group_config(
+        self, fabric: Fabric, address: str, nic: str, shares_process: bool
+    ) -> _core.GroupConfig:
         config = _core.GroupConfig()
         config.name = self._name
         config.depth = self._config.depth
@@ -161,7 +204,7 @@ class Membership:
         if shares_process:
             stall, first = min(stall, _SHARED_PROCESS_STALL), min(first, _SHARED_PROCESS_STALL)
         config.set_timeouts(self._timeout, stall, first)
-        config.set_fabric(fabric.name, fabric.endpoints, address)
+        config.set_fabric(fabric.name, fabric.endpoints, address, nic)
         return config
 
     def _exchange_endpoints(
@@ -175,6 +218,7 @@ class Membership:
 
     def check(self, sync: bool) -> None:
         """``ExpertParallel.check``."""
+        self.require_own_process()
         if sync:
             self._drain()
         failures = [f for member in self._members.values() if (f := member.failure()) is not None]
@@ -199,7 +243,11 @@ class Membership:
 
     def stats(self) -> dict[str, Any]:
         """``ExpertParallel.stats``."""
+        self.require_own_process()
         ranks = [member.stats() for member in self._members.values()]
+        for rank in ranks:
+            for peer in rank["peers"]:
+                peer["mean_wait_seconds"] = peer["waited_seconds"] / max(rank["exchanges"], 1)
         memory = self._config.memory(self._num_ranks, self._experts_per_rank)
         return {
             "name": self._name,
@@ -207,10 +255,27 @@ class Membership:
             "fabric": ranks[0]["fabric"] if ranks else None,
             "memory": {"regions": memory.regions, "staging": memory.staging, "total": memory.total},
             "ranks": ranks,
+            "slowest": self._slowest(ranks),
         }
+
+    def _slowest(self, ranks: list[dict[str, Any]]) -> dict[str, Any] | None:
+        slowest: dict[str, Any] | None = None
+        for slice_index, own in zip(self._slices, ranks, strict=True):
+            for rank, peer in enumerate(own["peers"]):
+                if peer["waited_seconds"] > (slowest["seconds"] if slowest else 0):
+                    slowest = {
+                        "rank": rank,
+                        "slice": slice_index,
+                        "process": peer["process"],
+                        "seconds": peer["waited_seconds"],
+                        "longest": peer["longest_wait_seconds"],
+                    }
+        return slowest
 
     def close(self) -> None:
         """``ExpertParallel.close``."""
+        if os.getpid() != self._process:  # at a forked child's exit; nothing of it is ours to close
+            return
         # Before the lock is taken: a program under way may need it, to connect.
         if not self._closed and not any(member.failure() for member in self._members.values()):
             self._drain()

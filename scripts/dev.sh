@@ -292,6 +292,39 @@ print(f"Python {sys.version.split()[0]}, jax {jax.__version__}, flax {flax.__ver
   "$NEWEST_VENV/bin/python" -m pytest -c "$ROOT/pyproject.toml" --rootdir "$ROOT" -p no:cacheprovider -m smoke "$ROOT/tests"
 }
 
+# A wheel as others would install it: for many Linux distributions, without libraries of ours in it, into an
+# environment that has no compiler, run from outside of the source tree.
+wheel() {
+  local out=$ROOT/build/wheel bare=$ROOT/build/wheel/venv key raw repaired
+  mkdir -p "$out"
+  # shellcheck disable=SC2046
+  key="$(extension_key) $(digest $(modules) README.md)"
+  once "$out/.built" "$key" build_wheel "$out"
+  raw=$(echo "$out"/raw/*.whl)
+  repaired=$(echo "$out"/repaired/*.whl)
+  auditwheel show "$repaired"
+  "$VENV/bin/python" scripts/wheel_check.py "$raw" "$repaired"
+  make_venv "$bare" "$PYTHON"
+  once "$bare/.installed" "$key" install_wheel "$bare" "$repaired"
+  cd "$out"
+  env -i PATH="$bare/bin" HOME="$out" "$bare/bin/python" -I "$ROOT/scripts/wheel_smoke.py"
+  env -i PATH="$bare/bin" HOME="$out" "$bare/bin/pplx-jax" doctor --json >doctor.json
+}
+
+build_wheel() { # FOLDER
+  rm -rf "$1/raw" "$1/repaired"
+  # The options of the editable install, so that the objects that it left are used.
+  "$VENV/bin/python" -m pip wheel -q --no-build-isolation --no-deps -w "$1/raw" . -C cmake.define.PPLX_WERROR=ON \
+    -C "build.tool-args=-j$JOBS"
+  auditwheel repair -w "$1/repaired" "$1"/raw/*.whl
+}
+
+install_wheel() { # VENV WHEEL
+  # No compiler is in this PATH. The first line is for the requirements: pip leaves an equal version as it is.
+  env PATH="$1/bin" "$1/bin/python" -m pip install -q --only-binary :all: "$2"
+  env PATH="$1/bin" "$1/bin/python" -m pip install -q --no-deps --force-reinstall --no-index "$2"
+}
+
 # ---- commands ------------------------------------------------------------------------------------------
 
 prepare() { # EXTRA APT-SECTION...
@@ -317,6 +350,7 @@ case $COMMAND in
     stage ctest-tsan cpp tsan
     stage clang-tidy check_clang_tidy
     stage newest-python newest_python
+    stage wheel wheel
     stage pytest run_pytest "$@"
     ;;
   lint)

@@ -34,6 +34,7 @@
 #include "proxy/engine/engine.h"
 #include "proxy/error.h"
 #include "proxy/fabric/library_path.h"
+#include "proxy/process.h"
 
 namespace nb = nanobind;
 
@@ -402,11 +403,13 @@ class PyEngine {
   explicit PyEngine(const EngineConfig& config) : completer_(std::make_shared<Completer>()) {
     const nb::gil_scoped_release release;
     engine_ = std::make_shared<TransferEngine>(config);
+    keep_in_forks(this, completer_);  // its thread is not there to be joined
   }
   PyEngine(const PyEngine&) = delete;
   PyEngine& operator=(const PyEngine&) = delete;
   ~PyEngine() {
     const nb::gil_scoped_release release;
+    withdraw_from_forks(this);
     shut_down();
     engine_.reset();
   }
@@ -508,6 +511,7 @@ class PyEngine {
   // A barrier that was entered cannot be left and entered again, so it is not waited for in slices: it runs
   // on a thread of its own, which ends by its deadline or by close() if Ctrl-C takes the caller away.
   void barrier(const PyPeerGroup& group, std::optional<double> timeout) {
+    engine_->require_own_process();
     const Duration limit = to_duration(timeout).value_or(engine_->config().timeout);
     std::packaged_task<void()> task(
         [engine = engine_, members = group.value, limit] { engine->barrier(*members, limit); });
@@ -545,10 +549,13 @@ class PyEngine {
     shut_down();
   }
 
+  void require_own_process() const { engine_->require_own_process(); }
+
  private:
   template <typename Post>
   void post(nb::object future, size_t completions, const PyRegion* source,
             std::vector<std::shared_ptr<const RemoteRegion>> targets, Post&& post_operation) {
+    engine_->require_own_process();  // before the completer's lock, which a fork may have left taken
     Completer::Operation* const operation = completer_->begin(
         std::move(future), completions, source != nullptr ? source->value : nullptr, std::move(targets));
     try {
@@ -562,19 +569,20 @@ class PyEngine {
 
   void shut_down() {
     engine_->close();
-    completer_->stop();
+    if (!engine_->forked()) completer_->stop();
   }
 
   std::shared_ptr<TransferEngine> engine_;
   std::shared_ptr<Completer> completer_;
 };
 
-EngineConfig make_config(std::string fabric, int endpoints, std::string bind_address, int cpu, double timeout,
-                         const nb::dict& sim) {
+EngineConfig make_config(std::string fabric, int endpoints, std::string bind_address, std::string nic,
+                         int cpu, double timeout, const nb::dict& sim) {
   EngineConfig config;
   config.fabric = std::move(fabric);
   config.endpoints = endpoints;
   config.bind_address = std::move(bind_address);
+  config.nic = std::move(nic);
   config.cpu = cpu;  // -1: one of its own, -2: any
   config.timeout = to_duration(timeout);
   config.sim.seed = nb::cast<uint64_t>(sim["seed"]);
@@ -623,13 +631,13 @@ void bind_engine(nb::module_& m) {
   nb::class_<PyEngine>(m, "Engine", nb::is_weak_referenceable())
       .def(
           "__init__",
-          [](PyEngine* self, std::string fabric, int endpoints, std::string bind_address, int cpu,
-             double timeout, const nb::dict& sim) {
-            new (self) PyEngine(
-                make_config(std::move(fabric), endpoints, std::move(bind_address), cpu, timeout, sim));
+          [](PyEngine* self, std::string fabric, int endpoints, std::string bind_address, std::string nic,
+             int cpu, double timeout, const nb::dict& sim) {
+            new (self) PyEngine(make_config(std::move(fabric), endpoints, std::move(bind_address),
+                                            std::move(nic), cpu, timeout, sim));
           },
-          nb::kw_only(), nb::arg("fabric"), nb::arg("endpoints"), nb::arg("bind_address"), nb::arg("cpu"),
-          nb::arg("timeout"), nb::arg("sim"))
+          nb::kw_only(), nb::arg("fabric"), nb::arg("endpoints"), nb::arg("bind_address"), nb::arg("nic"),
+          nb::arg("cpu"), nb::arg("timeout"), nb::arg("sim"))
       .def_prop_ro("fabric_name", &PyEngine::fabric_name)
       .def_prop_ro("address", &PyEngine::address)
       .def_prop_ro("max_message", &PyEngine::max_message)
@@ -653,6 +661,11 @@ void bind_engine(nb::module_& m) {
       "set_library_search_path",
       [](std::vector<std::string> folders) { set_library_search_path(std::move(folders)); },
       nb::arg("folders"));
+  // Path and version of the libfabric that is used; loads it.
+  m.def("libfabric", [] {
+    const LibraryInfo library = libfabric_info();
+    return std::tuple(library.path, library.version);
+  });
 }
 
 }  // namespace pplx

@@ -3,6 +3,7 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -108,9 +109,11 @@ class MemberHandle {
     nb::list peers;
     for (const moe::PeerStats& peer : stats.peers) {
       nb::dict entry;
+      entry["process"] = peer.process;
       entry["sent_bytes"] = peer.sent_bytes;
       entry["received_bytes"] = peer.received_bytes;
       entry["waited_seconds"] = std::chrono::duration<double>(peer.waited).count();
+      entry["longest_wait_seconds"] = std::chrono::duration<double>(peer.longest_wait).count();
       peers.append(entry);
     }
     out["peers"] = peers;
@@ -161,6 +164,7 @@ void bind_shape(nb::module_& m) {
 }
 
 void bind_group(nb::module_& m) {
+  nb::class_<moe::Launches>(m, "Launches").def(nb::init<>());
   nb::class_<GroupConfig>(m, "GroupConfig")
       .def(nb::init<>())
       .def_rw("name", &GroupConfig::name)
@@ -173,13 +177,15 @@ void bind_group(nb::module_& m) {
              config.stall_timeout = from_seconds(stall_timeout);
              config.first_stall_timeout = from_seconds(first_stall_timeout);
            })
-      .def(
-          "set_fabric",
-          [](GroupConfig& config, const std::string& fabric, int endpoints, const std::string& bind_address) {
-            config.engine.fabric = fabric;
-            config.engine.endpoints = endpoints;
-            config.engine.bind_address = bind_address;
-          })
+      .def("set_fabric",
+           [](GroupConfig& config, const std::string& fabric, int endpoints, const std::string& bind_address,
+              const std::string& nic) {
+             config.engine.fabric = fabric;
+             config.engine.endpoints = endpoints;
+             config.engine.bind_address = bind_address;
+             config.engine.nic = nic;
+           })
+      .def_rw("launches", &GroupConfig::launches)
       .def("set_simulation", [](GroupConfig& config, uint64_t seed, const std::string& network, bool reorder,
                                 uint32_t max_delay, uint32_t max_pieces, uint32_t stall_every) {
         SimConfig& sim = config.engine.sim;

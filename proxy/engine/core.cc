@@ -32,9 +32,13 @@ EngineCore::EngineCore(const EngineConfig& config)
   for (uint32_t slot = 0; slot < kSendSlots; ++slot) free_slots_.push_back(slot);
 }
 
-EngineCore::~EngineCore() { close(); }
+EngineCore::~EngineCore() {
+  withdraw_from_forks(this);
+  close();
+}
 
 void EngineCore::start() {
+  keep_in_forks(this, weak_from_this());
   if (config_.cpu == EngineConfig::kOwnCore) {
     if ((core_claim_ = CoreClaim::take())) worker_core_ = core_claim_->core();
   } else {
@@ -45,10 +49,12 @@ void EngineCore::start() {
 }
 
 void EngineCore::require_open() const {
+  require_own_process();
   if (closed()) throw Error(ErrorKind::kClosed, "the TransferEngine is closed");
 }
 
 Deadline EngineCore::deadline(std::optional<Duration> timeout) const {
+  require_own_process();  // every wait asks for its deadline first
   auto now = Clock::now();
   auto wanted = std::max(timeout.value_or(config_.timeout), Duration(0));
   return wanted > Deadline::max() - now ? Deadline::max() : now + wanted;
@@ -75,6 +81,7 @@ void EngineCore::kick() {
 }
 
 size_t EngineCore::progress() {
+  require_own_process();
   // Pollers would otherwise take the lock again before a blocked thread wakes up.
   if (blocked_.load(std::memory_order_relaxed) != 0 || !try_lock()) return 0;
   bump(foreign_polls_);
@@ -183,6 +190,10 @@ EngineStats EngineCore::stats() const {
 }
 
 void EngineCore::close() {
+  if (forked()) {
+    closing_ = true;
+    return;
+  }
   if (closing_.exchange(true)) {
     // A callback may not wait for a close that waits for the callback.
     for (unsigned idle = 0; !close_done_.load(std::memory_order_acquire) && !callbacks_.is_current();) {

@@ -22,6 +22,7 @@
 #include "proxy/engine/op.h"
 #include "proxy/engine/sinks.h"
 #include "proxy/fabric/fabric.h"
+#include "proxy/process.h"
 
 namespace pplx {
 
@@ -52,6 +53,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void start();
   void close();
   bool closed() const noexcept { return closing_.load(std::memory_order_acquire); }
+  void require_own_process() const { mark_.require("the TransferEngine"); }
+  bool forked() const noexcept { return mark_.forked(); }
 
   const EngineConfig& config() const noexcept { return config_; }
   const Address& address() const noexcept { return address_; }
@@ -149,6 +152,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void on_message(std::span<const std::byte> message) override;
   void on_error(const Error& error) override;
 
+  const ProcessMark mark_;
   const EngineConfig config_;
   std::unique_ptr<Fabric> fabric_;
   FabricCaps caps_;

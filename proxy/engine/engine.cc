@@ -64,5 +64,7 @@ void TransferEngine::relax(unsigned idle) { back_off(idle); }
 EngineStats TransferEngine::stats() const { return core_->stats(); }
 void TransferEngine::close() { core_->close(); }
 bool TransferEngine::closed() const noexcept { return core_->closed(); }
+bool TransferEngine::forked() const noexcept { return core_->forked(); }
+void TransferEngine::require_own_process() const { core_->require_own_process(); }
 
 }  // namespace pplx

@@ -45,6 +45,7 @@ struct EngineConfig {
   std::string fabric = "local";
   int endpoints = 1;         // endpoints a peer; > 1 sprays writes, so that immediates arrive out of order
   std::string bind_address;  // IP address the socket providers listen on; empty: loopback only
+  std::string nic;           // name of the libfabric domain to open; empty: the first that fits
   static constexpr int kOwnCore = -1;           // one of its own where there are cores for it: see cores.h
   static constexpr int kAnyCore = -2;           // not pinned
   int cpu = kOwnCore;                           // core to pin the worker to
@@ -242,6 +243,9 @@ class TransferEngine {
   // endpoints. Memory of live Region handles stays valid but is no longer registered.
   void close();
   bool closed() const noexcept;
+  // In a forked child everything above throws kFabric, and closing does nothing.
+  bool forked() const noexcept;
+  void require_own_process() const;
 
  private:
   static void relax(unsigned idle);  // the back-off of wait_until; yields early where cores are scarce

@@ -50,6 +50,7 @@ void EngineCore::on_immediate(uint32_t imm) {
 }
 
 ImmCounter EngineCore::imm_counter(uint32_t imm) {
+  require_own_process();
   if ((imm & kReservedImmediate) != 0) {
     throw Error(ErrorKind::kInvalidArgument, "immediate " + hex(imm) + " is reserved: its top bit is set");
   }
@@ -68,6 +69,7 @@ ImmCounter EngineCore::imm_counter(uint32_t imm) {
 }
 
 ImmCounter EngineCore::watch(uint32_t imm) {
+  require_own_process();
   if ((imm & kReservedImmediate) == 0 || imm == kNoImmediate) {
     throw Error(ErrorKind::kInvalidArgument, "immediate " + hex(imm) + " cannot be watched");
   }
@@ -82,6 +84,7 @@ ImmCounter EngineCore::watch(uint32_t imm) {
 }
 
 void EngineCore::unwatch(uint32_t imm) {
+  require_own_process();
   if ((imm & kReservedImmediate) == 0) {
     throw Error(ErrorKind::kInvalidArgument, "immediate " + hex(imm) + " is not reserved");
   }

@@ -40,6 +40,7 @@ std::shared_ptr<Region> EngineCore::allocate(size_t size) {
 }
 
 void EngineCore::unregister(RegionImpl& region) noexcept {
+  if (forked()) return;
   Locked locked(*this);
   regions_.erase(&region);
   if (!fabric_closed_) fabric_->unregister_memory(region.memory());

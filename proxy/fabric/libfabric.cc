@@ -375,7 +375,20 @@ class LibfabricFabric final : public Fabric {
       hints->fabric_attr->prov_name = strdup(provider.c_str());  // freeinfo frees it
       fi_info* found = nullptr;
       rc = lib_.getinfo(kApiVersion, node, nullptr, node != nullptr ? FI_SOURCE : 0, hints.get(), &found);
-      if (rc == 0 && found != nullptr) return Info(found, InfoDeleter{&lib_});
+      if (rc != 0 || found == nullptr) continue;
+      Info all(found, InfoDeleter{&lib_});
+      if (config.nic.empty() || provider == "shm") return all;
+      std::string names;
+      for (const fi_info* info = found; info != nullptr; info = info->next) {
+        if (info->domain_attr->name == config.nic) return Info(lib_.dupinfo(info), InfoDeleter{&lib_});
+        if (!names.empty()) names += ", ";
+        names += info->domain_attr->name;
+      }
+      std::string text = "the libfabric provider ";
+      text += provider + " has no NIC '" + config.nic + "' (PPLX_NICS)";
+      if (node != nullptr) text += std::string(" with address ") + node;
+      text += "; it has ";
+      throw Error(ErrorKind::kFabric, text + names);
     }
     throw Error(ErrorKind::kFabric,
                 "libfabric " + std::to_string(lib_.major()) + "." + std::to_string(lib_.minor()) + " (" +

@@ -11,6 +11,7 @@
 #include "proxy/error.h"
 #include "proxy/fabric/signal_guard.h"
 #include "proxy/log.h"
+#include "proxy/process.h"
 
 namespace pplx {
 namespace {
@@ -18,6 +19,7 @@ namespace {
 std::mutex g_mutex;
 std::vector<std::string> g_folders;
 std::optional<Libfabric> g_library;
+std::optional<ProcessMark> g_loaded_in;
 
 std::vector<std::string> candidates() {
   // An explicit path is the user's decision: nothing else is tried beside it.
@@ -80,11 +82,14 @@ void set_library_search_path(std::vector<std::string> folders) {
 }
 
 const Libfabric& load_libfabric() {
+  if (g_loaded_in) g_loaded_in->require("libfabric, which is loaded already,");
   std::lock_guard lock(g_mutex);
   if (g_library) return *g_library;
   std::string tried;
   for (const auto& path : candidates()) {
     if ((g_library = try_open(path, tried))) {
+      g_loaded_in.emplace();
+      exit_early_in_forks();
       log(LogLevel::kInfo, "libfabric ", g_library->major(), ".", g_library->minor(), " from ", path);
       return *g_library;
     }
@@ -93,6 +98,15 @@ const Libfabric& load_libfabric() {
               "libfabric was not found. Install it (apt-get install libfabric1, or pip install mpich, whose "
               "wheel carries one) or set PPLX_LIBFABRIC to the path of libfabric.so.1. Tried:" +
                   tried);
+}
+
+LibraryInfo libfabric_info() {
+  const Libfabric& library = load_libfabric();
+  Dl_info where{};
+  const bool known =
+      dladdr(reinterpret_cast<void*>(library.getinfo), &where) != 0 && where.dli_fname != nullptr;
+  return {.path = known ? where.dli_fname : library.path,
+          .version = std::to_string(library.major()) + "." + std::to_string(library.minor())};
 }
 
 }  // namespace pplx

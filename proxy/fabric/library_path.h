@@ -10,4 +10,10 @@ namespace pplx {
 // names: any file lib*fabric*.so* there will do).
 void set_library_search_path(std::vector<std::string> folders);
 
+// Of the libfabric that engines use; loads it, throws kFabric.
+struct LibraryInfo {
+  std::string path, version;
+};
+LibraryInfo libfabric_info();
+
 }  // namespace pplx

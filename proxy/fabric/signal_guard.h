@@ -30,4 +30,17 @@ class SignalGuard {
   std::vector<std::pair<int, struct sigaction>> saved_;
 };
 
+// Takes the handlers that a library installs during its life away from forked children: shm's remove the
+// files of the parent's endpoints when the child is told to end.
+class ForkedSignals {
+ public:
+  ForkedSignals();   // looks at what is set
+  ~ForkedSignals();  // notes what has changed
+  ForkedSignals(const ForkedSignals&) = delete;
+  ForkedSignals& operator=(const ForkedSignals&) = delete;
+
+ private:
+  std::vector<std::pair<int, struct sigaction>> before_;
+};
+
 }  // namespace pplx

@@ -1,6 +1,5 @@
 #include <cstring>
 
-#include "proxy/log.h"
 #include "proxy/moe/exchange_group.h"
 #include "proxy/moe/peer.h"
 
@@ -24,10 +23,14 @@ std::string site_text(const char* kind, std::string_view name, uint32_t tokens, 
 }  // namespace
 
 Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, int64_t run)
-    : group_(group), lock_(group.exchange_mutex_), site_(site), round_(round), started_(Clock::now()) {
-  group.current_run_ = run;
+    : group_(group), lock_(group.enter(met_)), site_(site), round_(round), started_(Clock::now()) {
+  group.begin(run, met_);
   finish_abandoned(run);
   number_ = group.next_exchange_++;
+  const auto& launches = group.config_.launches;
+  if (launches != nullptr && !group.failed_ && !group.closed_ && !launches->agree(number_, run)) {
+    group.fail_overlap();
+  }
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
   first_call_ = group.seen_tags_.insert(site.tag).second;
   const std::lock_guard guard(group.status_mutex_);
@@ -38,17 +41,20 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, i
 }
 
 Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, int64_t run, bool* poisoned)
-    : group_(group), lock_(group.exchange_mutex_), site_(site), round_(0), started_(Clock::now()) {
+    : group_(group), lock_(group.enter(met_)), site_(site), round_(0), started_(Clock::now()) {
   const auto parked = ticket == 0 ? group.parked_.end() : group.parked_.find(ticket - 1);
   if (parked == group.parked_.end() || parked->second.kind != site.kind || parked->second.tag != site.tag ||
       parked->second.run != run) {
+    // Another execution may have thrown it away.
+    if (group.overlaps(run, met_)) group.fail_overlap();
+    if (const auto failure = group.failure()) throw Error(*failure);
     throw Error(ErrorKind::kInvalidArgument,
                 "group '" + group.config_.name +
                     "': " + site_text(kind_name(site.kind), site.name, site.tokens, site.top_k, site.hidden) +
                     " is received, but what it received from is not under way: each send is received "
                     "exactly once, in the same execution");
   }
-  group.current_run_ = run;
+  group.begin(run, met_);
   number_ = parked->first;
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
   first_call_ = parked->second.first_call;
@@ -216,8 +222,9 @@ bool Exchange::wait_for_arrivals(bool checked) {
     missing.push_back((config.rank + offset) % config.num_ranks);
   }
   const uint64_t uses = number_ / group_.lanes_ + 1;  // of the lane, this exchange included
-  std::optional<Clock::time_point> first_arrival;
+  const auto began = Clock::now();
   unsigned checks = 0;
+  uint64_t looks = 0;
   bool sound = true;
   const auto arrived = [&] {
     const size_t before = missing.size();
@@ -225,11 +232,15 @@ bool Exchange::wait_for_arrivals(bool checked) {
       ExchangeGroup::Peer& peer = *group_.peers_[source];
       if (peer.arrivals[lane_].value() < uses * peer.shards) return false;
       sound = sound && (!checked || check(source));
-      const auto now = Clock::now();
-      if (!first_arrival) first_arrival = now;
-      peer.waited_ns += Duration(now - *first_arrival).count();
+      // What was here before anybody looked was not waited for: the slowest rank waits for nobody.
+      if (looks > 0) {
+        const int64_t waited = Duration(Clock::now() - began).count();
+        peer.waited_ns += waited;
+        if (waited > peer.longest_wait_ns) peer.longest_wait_ns = waited;
+      }
       return true;
     });
+    ++looks;
     if (missing.empty() || !sound || group_.closed_) return true;
     // Rare news are looked at rarely: reading every peer's counters each time would cost more than the wait.
     if (missing.size() == before && ++checks % 64 == 0) {
@@ -257,8 +268,10 @@ bool Exchange::wait_for_arrivals(bool checked) {
   bool done = group_.engine_->wait_until(arrived, std::min(deadline(), started_ + kWarnAfter));
   if (!done && Clock::now() < deadline()) {
     ++group_.slow_waits_;
-    log(LogLevel::kWarn, describe(), ": waiting for ", group_.rank_name(missing.front()), " for ",
-        kWarnAfter.count(), " s");
+    group_.note(
+        LogLevel::kWarn, number_, Field("event", "waiting"), ' ', Field("call", kind_name(site_.kind)), ' ',
+        Field("site", std::string(site_.name)), ' ', Field("peer", missing.front()), ' ',
+        Field("process", group_.peers_[missing.front()]->process), ' ', Field("seconds", kWarnAfter.count()));
     done = group_.engine_->wait_until(arrived, deadline());
   }
   if (!done) {

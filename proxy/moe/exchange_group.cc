@@ -16,6 +16,7 @@ namespace {
 
 constexpr uint32_t kEndpointMagic = 0x50504d45;  // "EMPP"
 constexpr auto kCloseLimit = std::chrono::seconds(2);
+constexpr size_t kPastRuns = 64;
 
 // Never zero, never repeated in a process until it wraps; starts at random, so that two processes that
 // reuse each other's addresses rarely meet the same value.
@@ -35,7 +36,10 @@ Bytes to_bytes(std::span<const std::byte> bytes) { return {bytes.begin(), bytes.
 }  // namespace
 
 ExchangeGroup::ExchangeGroup(GroupConfig config)
-    : config_(std::move(config)), lanes_(2 * config_.depth), nonce_(next_nonce()) {
+    : config_(std::move(config)),
+      lanes_(2 * config_.depth),
+      nonce_(next_nonce()),
+      monitor_(std::make_unique<Monitor>()) {
   if (config_.num_ranks == 0 || config_.num_ranks > kMaxRanks || config_.rank >= config_.num_ranks) {
     throw Error(ErrorKind::kInvalidArgument,
                 "group '" + config_.name + "': rank " + std::to_string(config_.rank) + " of " +
@@ -76,7 +80,11 @@ ExchangeGroup::ExchangeGroup(GroupConfig config)
   }
 }
 
-ExchangeGroup::~ExchangeGroup() { close(); }
+ExchangeGroup::~ExchangeGroup() {
+  close();
+  // A thread that is not there can be neither joined nor woken.
+  if (mark_.forked()) static_cast<void>(monitor_.release());
+}
 
 Bytes ExchangeGroup::endpoint() const {
   ByteWriter out;
@@ -94,6 +102,7 @@ Bytes ExchangeGroup::endpoint() const {
 }
 
 void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
+  mark_.require("the group");
   if (connected_ || closed_) {
     throw Error(closed_ ? ErrorKind::kClosed : ErrorKind::kInvalidArgument,
                 "group '" + config_.name + "' " + (closed_ ? "is closed" : "is connected already"));
@@ -138,7 +147,43 @@ void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
     peer.last_sign = Clock::now();
   }
   connected_ = true;
-  if (config_.num_ranks > 1) monitor_ = std::thread([this] { monitor(); });
+  if (config_.num_ranks > 1) monitor_->thread = std::thread([this] { monitor(); });
+  note(LogLevel::kInfo, 0, Field("event", "connected"), ' ', Field("ranks", config_.num_ranks), ' ',
+       Field("fabric", engine_->fabric_name()));
+}
+
+// --- executions ------------------------------------------------------------------------------------------
+
+// One thread launches one execution after the other, and a device runs them in that order, each to its end.
+// So an exchange of one execution amid those of another says that two threads launch.
+std::unique_lock<std::mutex> ExchangeGroup::enter(bool& met) {
+  mark_.require("the group");
+  std::unique_lock lock(exchange_mutex_, std::try_to_lock);
+  met = !lock;  // somebody who was in an exchange, or close()
+  if (met) lock.lock();
+  return lock;
+}
+
+bool ExchangeGroup::overlaps(int64_t run, bool met) const {
+  if (closed_ || failed_ || next_exchange_ == 0 || current_run_ == run) return false;
+  return met || std::find(past_runs_.begin(), past_runs_.end(), run) != past_runs_.end();
+}
+
+void ExchangeGroup::begin(int64_t run, bool met) {
+  const bool overlap = overlaps(run, met);
+  const int64_t before = current_run_.exchange(run);
+  if (before != run && next_exchange_ != 0) past_runs_.push_back(before);
+  if (past_runs_.size() > kPastRuns) past_runs_.pop_front();
+  if (overlap) fail_overlap();
+}
+
+void ExchangeGroup::fail_overlap() {
+  fail(Error(ErrorKind::kMismatch,
+             "group '" + config_.name + "': two executions of programs overlap on " +
+                 rank_name(config_.rank) + " at exchange " + std::to_string(latest_exchange()) +
+                 ": two threads launched at the same time. One thread drives a group: give each a group of "
+                 "its own (name=), or a lock that is held until a step's results are ready"),
+       config_.rank);
 }
 
 std::byte* ExchangeGroup::region(uint32_t lane, uint32_t source) const {
@@ -162,14 +207,15 @@ bool ExchangeGroup::record_failure(const Error& error) {
     failure_run_ = current_run_.load();
     failed_ = true;
   }
-  log(LogLevel::kError, "group '", config_.name, "' rank ", config_.rank, ": ", error.what());
+  note(LogLevel::kError, latest_exchange(), Field("event", "failed"), ' ',
+       Field("error", std::string(error_name(error.kind()))), ' ', Field("message", error.what()));
   return true;
 }
 
 void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
   if (!record_failure(error)) return;
   AbortNotice notice{};
-  notice.exchange = std::max<uint64_t>(next_exchange_, 1) - 1;
+  notice.exchange = latest_exchange();
   notice.error_kind = static_cast<uint8_t>(error.kind());
   notice.culprit = culprit;
   std::strncpy(notice.text, error.what(), sizeof(notice.text) - 1);
@@ -187,7 +233,8 @@ void ExchangeGroup::report_data_error(const Error& error, uint32_t culprit, int6
   data_error_ = error;
   data_error_culprit_ = culprit;
   data_error_run_ = run;
-  log(LogLevel::kWarn, "group '", config_.name, "' rank ", config_.rank, ": ", error.what());
+  note(LogLevel::kWarn, latest_exchange(), Field("event", "data_error"), ' ',
+       Field("error", std::string(error_name(error.kind()))), ' ', Field("message", error.what()));
 }
 
 std::optional<Error> ExchangeGroup::data_error() const {
@@ -238,7 +285,8 @@ void ExchangeGroup::broadcast(const AbortNotice& notice, NoticeSlot slot) {
           control_.get());
       ++control_posted_;
     } catch (const Error& error) {
-      log(LogLevel::kDebug, "group '", config_.name, "': no notice to ", rank_name(rank), ": ", error.what());
+      note(LogLevel::kDebug, latest_exchange(), Field("event", "no_notice"), ' ', Field("peer", rank), ' ',
+           Field("message", error.what()));
     }
   }
 }
@@ -279,8 +327,8 @@ void ExchangeGroup::beat() {
           control_.get());
       ++control_posted_;
     } catch (const Error& error) {
-      log(LogLevel::kDebug, "group '", config_.name, "': no heartbeat to ", rank_name(rank), ": ",
-          error.what());
+      note(LogLevel::kDebug, latest_exchange(), Field("event", "no_heartbeat"), ' ', Field("peer", rank), ' ',
+           Field("message", error.what()));
     }
   }
 }
@@ -309,11 +357,11 @@ void ExchangeGroup::check_liveness(Clock::time_point now, Duration absent) {
 void ExchangeGroup::monitor() {
   const Duration interval =
       std::clamp<Duration>(config_.timeout / 8, std::chrono::milliseconds(20), std::chrono::seconds(2));
-  std::unique_lock lock(monitor_mutex_);
+  std::unique_lock lock(monitor_->mutex);
   auto before = Clock::now();
   while (!closed_) {
     beat();
-    monitor_wake_.wait_for(lock, interval, [this] { return closed_.load(); });
+    monitor_->wake.wait_for(lock, interval, [this] { return closed_.load(); });
     if (closed_) break;
     read_notices();
     const auto now = Clock::now();
@@ -327,9 +375,10 @@ void ExchangeGroup::monitor() {
 
 void ExchangeGroup::close() {
   if (closed_.exchange(true)) return;
-  { const std::lock_guard guard(monitor_mutex_); }
-  monitor_wake_.notify_all();
-  if (monitor_.joinable()) monitor_.join();
+  if (mark_.forked()) return;  // the parent's, with its threads and endpoints
+  { const std::lock_guard guard(monitor_->mutex); }
+  monitor_->wake.notify_all();
+  if (monitor_->thread.joinable()) monitor_->thread.join();
   {
     // An exchange under way sees closed_ and leaves; then nothing reads or packs a region any more.
     const std::lock_guard guard(exchange_mutex_);
@@ -349,6 +398,7 @@ void ExchangeGroup::close() {
         Clock::now() + kCloseLimit);
   }
   engine_->close();
+  if (connected_) note(LogLevel::kInfo, latest_exchange(), Field("event", "closed"));
 }
 
 GroupStats ExchangeGroup::stats() const {
@@ -359,9 +409,11 @@ GroupStats ExchangeGroup::stats() const {
   stats.staging_bytes = staging_->size();
   stats.fabric = engine_->fabric_name();
   for (const auto& peer : peers_) {
-    stats.peers.push_back({.sent_bytes = peer->sent_bytes.load(),
+    stats.peers.push_back({.process = peer->process,
+                           .sent_bytes = peer->sent_bytes.load(),
                            .received_bytes = peer->received_bytes.load(),
-                           .waited = Duration(peer->waited_ns.load())});
+                           .waited = Duration(peer->waited_ns.load()),
+                           .longest_wait = Duration(peer->longest_wait_ns.load())});
   }
   stats.engine = engine_->stats();
   return stats;

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,7 +19,10 @@
 #include <vector>
 
 #include "proxy/engine/engine.h"
+#include "proxy/log.h"
+#include "proxy/moe/launches.h"
 #include "proxy/moe/wire.h"
+#include "proxy/process.h"
 
 namespace pplx::moe {
 
@@ -35,6 +39,7 @@ struct GroupConfig {
   Duration stall_timeout = std::chrono::seconds(300);  // a live peer that doesn't come
   // The same at a call's first execution: compilation and autotuning differ between ranks.
   Duration first_stall_timeout = std::chrono::seconds(900);
+  std::shared_ptr<Launches> launches;  // of the ranks in this process; null: not compared
   EngineConfig engine;
 };
 
@@ -51,8 +56,10 @@ struct CallSite {
 };
 
 struct PeerStats {
+  std::string process;  // "host pid 123"
   uint64_t sent_bytes = 0, received_bytes = 0;
-  Duration waited{0};  // by this rank for this peer, beyond the first arrival of each exchange
+  // By this rank for this peer's messages, from when it began to wait: in all, and for one at most.
+  Duration waited{0}, longest_wait{0};
 };
 
 struct GroupStats {
@@ -117,6 +124,26 @@ class ExchangeGroup {
 
   enum NoticeSlot : size_t { kFailedSlot = 0, kClosedSlot = 1 };
 
+  struct Monitor {
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::thread thread;
+  };
+
+  // Takes the group for an exchange; `met`: had to wait for somebody. Then begin(), which fails the group
+  // when another execution is not through yet.
+  std::unique_lock<std::mutex> enter(bool& met);
+  void begin(int64_t run, bool met);
+  bool overlaps(int64_t run, bool met) const;
+  void fail_overlap();
+  // A line that names group, rank and exchange: where no other is known, the latest that has begun.
+  template <typename... Parts>
+  void note(LogLevel level, uint64_t exchange, const Parts&... parts) const {
+    log(level, Field("group", config_.name), ' ', Field("rank", config_.rank), ' ',
+        Field("exchange", exchange), ' ', parts...);
+  }
+  uint64_t latest_exchange() const { return std::max<uint64_t>(next_exchange_, 1) - 1; }
+
   void monitor();
   void beat();
   void check_liveness(Clock::time_point now, Duration absent);
@@ -127,6 +154,7 @@ class ExchangeGroup {
   std::byte* region(uint32_t lane, uint32_t source) const;
   std::string rank_name(uint32_t rank) const;
 
+  const ProcessMark mark_;
   GroupConfig config_;
   uint32_t lanes_;
   uint32_t nonce_;
@@ -142,6 +170,7 @@ class ExchangeGroup {
   std::mutex exchange_mutex_;  // one exchange at a time
   std::set<uint64_t> seen_tags_;
   std::map<uint64_t, Parked> parked_;  // by exchange number
+  std::deque<int64_t> past_runs_;      // executions before the current one, the latest last
   std::vector<RegionHeader> headers_;  // [source] of this exchange, out of the peers' reach once checked
   std::atomic<uint64_t> next_exchange_{0};
   std::atomic<uint64_t> sent_exchanges_{0};  // to every peer, in full
@@ -158,9 +187,7 @@ class ExchangeGroup {
 
   std::atomic<bool> connected_{false};
   std::atomic<bool> closed_{false};
-  std::mutex monitor_mutex_;
-  std::condition_variable monitor_wake_;
-  std::thread monitor_;
+  std::unique_ptr<Monitor> monitor_;
 };
 
 // One exchange: pack and post a message to every rank, wait for everybody's, read them. Holds the group, but
@@ -205,6 +232,7 @@ class Exchange {
   std::string describe() const;
 
   ExchangeGroup& group_;
+  bool met_ = false;  // another thread that was in an exchange; before the lock, which sets it
   std::unique_lock<std::mutex> lock_;
   CallSite site_;
   uint32_t round_;

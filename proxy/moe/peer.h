@@ -18,7 +18,7 @@ struct ExchangeGroup::Peer {
   uint64_t signs = 0;                   // of life, by the monitor alone
   Clock::time_point last_sign;
   std::atomic<uint64_t> sent_bytes{0}, received_bytes{0};
-  std::atomic<int64_t> waited_ns{0};
+  std::atomic<int64_t> waited_ns{0}, longest_wait_ns{0};
 };
 
 struct ExchangeGroup::Lane {

@@ -22,18 +22,6 @@ double seconds_of(const std::function<void()>& body) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-bool eventually(const std::function<bool()>& ready, Duration limit = 20s) {
-  const auto deadline = Clock::now() + limit;
-  while (!ready() && Clock::now() < deadline) std::this_thread::sleep_for(2ms);
-  return ready();
-}
-
-void expect_error(const std::optional<Error>& error, ErrorKind kind, const std::string& text) {
-  ASSERT_TRUE(error);
-  EXPECT_EQ(error->kind(), kind) << error->what();
-  EXPECT_NE(std::string(error->what()).find(text), std::string::npos) << error->what();
-}
-
 // One exchange of `rank` with random tokens; true when its outputs are good.
 bool exchange(Cluster& cluster, int rank, Outputs& out, const Site& site = {}) {
   const std::vector<Inputs> inputs = random_step(cluster.problem(), 2, 4);

@@ -243,5 +243,28 @@ TEST_F(TwoRanks, APeerThatDiesBetweenTheHalvesIsNamed) {
   });
 }
 
+// Two threads launch: the second one's execution comes between a send and its recv.
+TEST_F(TwoRanks, AnotherExecutionBetweenSendAndRecvIsAnOverlap) {
+  const Problem p = problem(2);
+  Cluster cluster(p);
+  std::vector<Outputs> out(2);
+  std::vector<Ticket> tickets(2);
+  cluster.each([&](int rank) {
+    Outputs other;
+    tickets[rank] = send(p, cluster[rank], inputs[rank], out[rank], {.run = 1});
+    EXPECT_FALSE(run_dispatch(p, cluster[rank], inputs[rank], other, {.run = 2}));
+    EXPECT_EQ(other.ok, 1);
+  });
+  cluster.each([&](int rank) {
+    try {
+      receive(p, cluster[rank], inputs[rank], out[rank], tickets[rank], {.run = 1});
+      ADD_FAILURE() << "received what was thrown away";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kMismatch);
+      EXPECT_NE(std::string(error.what()).find("overlap"), std::string::npos) << error.what();
+    }
+  });
+}
+
 }  // namespace
 }  // namespace pplx::moe

@@ -79,6 +79,18 @@ inline void on_ranks(int ranks, const std::function<void(int)>& body) {
   }
 }
 
+inline bool eventually(const std::function<bool()>& ready, Duration limit = 20s) {
+  const auto deadline = Clock::now() + limit;
+  while (!ready() && Clock::now() < deadline) std::this_thread::sleep_for(2ms);
+  return ready();
+}
+
+inline void expect_error(const std::optional<Error>& error, ErrorKind kind, const std::string& text) {
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->kind(), kind) << error->what();
+  EXPECT_NE(std::string(error->what()).find(text), std::string::npos) << error->what();
+}
+
 // A connected group.
 class Cluster {
  public:

@@ -1,0 +1,142 @@
+"""`python -m pplx_jax doctor`: what it finds, what it makes of it, and its exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pplx_jax import doctor
+
+pytestmark = pytest.mark.multiprocess
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "pplx_jax", "doctor", *arguments],
+        env=dict(os.environ, **variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+
+
+def test_json():
+    done = run("--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, report["problems"]
+    assert report["versions"]["jax"]
+    assert report["libraries"]["libfabric"]["path"].startswith("/")
+    assert all(report["fabrics"][name]["works"] for name in ("local", "sim", "tcp", "shm"))
+    assert not report["fabrics"]["efa"]["works"] or report["rdma_devices"]
+    assert "lo" in {one["name"] for one in report["interfaces"]}
+    assert report["cpu"]["cores"] == len(os.sched_getaffinity(0))
+    assert report["limits"]["shm"]["size"] > 0
+    assert isinstance(report["gpus"], list)
+
+
+def test_tables_do_not_touch_jax_devices():
+    done = run(JAX_PLATFORMS="no such platform")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("libfabric", "Fabrics", "lo", "127.0.0.1", "memlock", "/dev/shm", "Cores", "GPUs"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "fix"),
+    [
+        ("PPLX_FABRIC", "efa", "PPLX_FABRIC=efa does not work", "one that works: local, sim, tcp, shm"),
+        ("PPLX_SOCKET_IFNAME", "nosuch", "no interface", "unset it"),
+        ("PPLX_LOG_LEVEL", "shout", "PPLX_LOG_LEVEL", "unset it"),
+        ("PPLX_LIBFABRIC", "libnosuch.so.1", "libfabric cannot be loaded", "apt-get install libfabric1"),
+    ],
+)
+def test_errors(name, value, what, fix):
+    if (name, value) == ("PPLX_FABRIC", "efa") and Path("/sys/class/infiniband").exists():
+        pytest.skip("this machine has RDMA devices: efa may work")
+    done = run("--json", **{name: value})
+    assert done.returncode == 1, done.stderr
+    errors = [problem for problem in json.loads(done.stdout)["problems"] if problem["severity"] == "error"]
+    assert any(what in error["what"] and fix in error["fix"] for error in errors), errors
+
+
+def test_warnings_leave_the_exit_code():
+    done = run("--json", PPLX_FABRICS="tcp")
+    assert done.returncode == 0
+    (warning,) = [p for p in json.loads(done.stdout)["problems"] if "PPLX_FABRICS" in p["what"]]
+    assert warning["severity"] == "warning"
+    assert "PPLX_FABRIC," in warning["fix"]
+
+
+def test_rdma_devices(tmp_path):
+    device = tmp_path / "mlx5_0"
+    (device / "ports" / "1").mkdir(parents=True)
+    for name, text in (("state", "4: ACTIVE"), ("rate", "400 Gb/sec (4X NDR)"), ("link_layer", "InfiniBand")):
+        (device / "ports" / "1" / name).write_text(text + "\n")
+    (device / "device").mkdir()
+    (device / "device" / "numa_node").write_text("1\n")
+    (found,) = doctor._rdma_devices(tmp_path)
+    assert found["name"] == "mlx5_0"
+    assert found["numa_node"] == "1"
+    assert found["ports"] == [
+        {"port": "1", "state": "ACTIVE", "rate": "400 Gb/sec (4X NDR)", "link_layer": "InfiniBand"}
+    ]
+    assert doctor._rdma_devices(tmp_path / "nothing") == []
+
+
+def test_memlock_matters_with_rdma(monkeypatch):
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    for devices, expected in (([], []), ([{"name": "mlx5_0"}], ["error"])):
+        problems = []
+        limits = doctor._limits({"rdma_devices": devices}, problems)
+        assert limits["memlock"] == 8 << 20
+        assert [p.severity for p in problems if "locked memory" in p.what] == expected
+
+
+def test_stale_segments(tmp_path):
+    free = next(pid for pid in range(4_000_000, 100, -7) if not Path(f"/proc/{pid}").exists())
+    for name in (f"{free}:0:0", f"{os.getpid()}:0:0", "other", f"{free}:0:0:x"):
+        (tmp_path / name).touch()
+    assert doctor._stale_segments(tmp_path) == [tmp_path / f"{free}:0:0"]
+
+
+def test_gpus(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+    def smi(*arguments, **options):
+        line = "0, NVIDIA H200, 570.86.10, 00000000:19:00.0\n"
+        return subprocess.CompletedProcess(arguments, 0, stdout=line, stderr="")
+
+    assert doctor._gpus(smi) == [
+        {"index": "0", "name": "NVIDIA H200", "driver": "570.86.10", "pci": "00000000:19:00.0"}
+    ]
+
+    def broken(*arguments, **options):
+        return subprocess.CompletedProcess(arguments, 9, stdout="", stderr="no driver")
+
+    monkeypatch.setattr(doctor.Path, "glob", lambda *_: [])
+    assert doctor._gpus(broken) == []
+
+
+def test_ranges():
+    assert doctor._ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert doctor._ranges([]) == ""
+
+
+def test_show_escapes_markup():
+    """Texts of others may hold what looks like rich's markup."""
+    report = doctor.examine()
+    report["problems"] = [{"severity": "error", "what": "a [red] thing", "fix": "pip install pplx-jax[demo]"}]
+    stream = io.StringIO()
+    doctor.show(report, Console(file=stream, width=200))
+    assert "a [red] thing" in stream.getvalue()
+    assert "pplx-jax[demo]" in stream.getvalue()
+    assert doctor.exit_code(report) == 1
