@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import weakref
@@ -15,77 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from pplx_jax import _core, compat, environment, halves, ops
+from pplx_jax import _core, arguments, environment, halves, ops, results
 from pplx_jax.config import MAX_RANKS, ExchangeConfig
 from pplx_jax.fabric import Fabric
 from pplx_jax.membership import Membership
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Tokens of this rank's experts. M rows, H hidden, EL experts a rank."""
-
-    tokens: jax.Array
-    """[M, H], the config's ``token_dtype``: rows of one expert after another, within it by (source rank,
-    token). In the padded layout [EL, rows, H]. Quantised tokens have no derivative: see ``values``."""
-    weights: jax.Array
-    """float32 [M] or [EL, rows]: each row's router weight; 0 in padding."""
-    group_sizes: jax.Array
-    """int32 [EL]: rows of each expert, as ``jax.lax.ragged_dot`` wants them."""
-    num_rows: jax.Array
-    """int32 []: rows that hold a token."""
-    num_dropped: jax.Array
-    """int32 []: (token, expert) pairs dropped here by ``on_overflow="drop"``."""
-    ok: jax.Array
-    """int32 []: 1, or 0 when this exchange failed; then floats are NaN and the counts are 0."""
-    values: jax.Array
-    """Like ``tokens`` in the config's ``dtype`` and differentiable: where tokens are quantised, what they
-    stand for (straight through: the gradient is that of unquantised tokens), otherwise ``tokens``."""
-    scales: jax.Array | None = None
-    """The config's ``scale_dtype`` [M, S] or [EL, rows, S], one for each 128 values; None without
-    quantisation."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Route:
-    """What ``combine`` and the derivatives need to know of a ``dispatch``: a pytree of arrays, opaque."""
-
-    arrays: ops.RouteArrays
-    weights: jax.Array
-    group_sizes: jax.Array
-    call: ops.Call = dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SentDispatch:
-    """A dispatch between its send and its recv; opaque. Receive it exactly once."""
-
-    ticket: jax.Array
-    home: jax.Array
-    call: ops.Call = dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SentCombine:
-    """A combine between its send and its recv; opaque. Receive it exactly once."""
-
-    ticket: jax.Array
-    arrays: ops.RouteArrays
-    call: ops.Call = dataclasses.field(metadata={"static": True})
+from pplx_jax.results import Batch, Route, SentCombine, SentDispatch, order_operands
 
 
 def _hash63(*parts: object) -> int:
     """The same in every process and on every run, unlike ``hash``; fits a signed 64-bit attribute."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _describe(x: Any) -> str:
-    return f"{jnp.result_type(x).name}{list(jnp.shape(x))}"
 
 
 class ExpertParallel:
@@ -190,7 +129,8 @@ class ExpertParallel:
         table = np.asarray(expert_map)
         if table.dtype.kind not in "iu" or table.size == 0 or table.size % ranks:
             raise ValueError(
-                f"expert_map must hold ints, equally many for each of {ranks} ranks, got {_describe(table)}"
+                f"expert_map must hold ints, equally many for each of {ranks} ranks, "
+                f"got {arguments.describe(table)}"
             )
         table = table.reshape(-1).astype(np.int32)
         if table.min() < -1 or table.max() >= experts:
@@ -264,11 +204,11 @@ class ExpertParallel:
           TypeError, ValueError: which argument, what it was, what is allowed.
           jax.errors.JaxRuntimeError: at execution, see ``check``.
         """
-        tokens, before = self._tokens(x, indices, weights, scales, num_tokens, expert_map, after)
+        tokens, before = arguments.tokens(self, x, indices, weights, scales, num_tokens, expert_map, after)
         call = self._call(tokens.x.shape[0], name)
         if tokens.x.shape[0] == 0:
-            return self._empty(call, tokens)
-        return self._batch(call, ops.dispatch(call, tokens, before))
+            return results.empty_batch(self, call, tokens)
+        return results.batch_of(self, call, ops.dispatch(call, tokens, before))
 
     def combine(
         self,
@@ -295,9 +235,9 @@ class ExpertParallel:
         Raises:
           TypeError, ValueError: which argument, what it was, what is allowed.
         """
-        rows, call = self._rows(y, route, weighted)
-        accumulate = self._accumulate(accumulate, rows.route)
-        rows, accumulate, before = self._varying((rows, accumulate, _order_operands(after)))
+        rows, call = arguments.rows(self, y, route, weighted)
+        accumulate = arguments.accumulated(self, accumulate, rows.route)
+        rows, accumulate, before = arguments.varying(self, (rows, accumulate, order_operands(after)))
         if rows.route.home.shape[0] == 0:
             nothing: jax.Array = rows.y[:0] if accumulate is None else accumulate
             return nothing
@@ -331,7 +271,7 @@ class ExpertParallel:
         Raises:
           TypeError, ValueError: as ``dispatch``; also when T exceeds the config's ``chunk``.
         """
-        tokens, before = self._tokens(x, indices, weights, scales, num_tokens, expert_map, after)
+        tokens, before = arguments.tokens(self, x, indices, weights, scales, num_tokens, expert_map, after)
         count = tokens.x.shape[0]
         if self.config.chunk is not None and count > self.config.chunk:
             raise ValueError(
@@ -355,15 +295,17 @@ class ExpertParallel:
         Raises:
           jax.errors.JaxRuntimeError: at execution, when ``sent`` was received before.
         """
-        self._require_sent(sent, SentDispatch, "dispatch")
-        sent, before = self._varying((sent, _order_operands(after)))
+        arguments.require_sent(self, sent, SentDispatch, "dispatch")
+        sent, before = arguments.varying(self, (sent, order_operands(after)))
         if sent.home.shape[0] == 0:
             zero = jnp.sum(sent.ticket)
             nothing = jnp.sum(sent.home)
             x = jnp.broadcast_to(zero, (0, self.config.hidden))
             tokens = ops.Tokens(x, None, x[:, :1] * 0, sent.home, nothing, nothing)
-            return self._empty(sent.call, tokens)
-        return self._batch(sent.call, halves.dispatch_recv(sent.call, sent.ticket, sent.home, before))
+            return results.empty_batch(self, sent.call, tokens)
+        return results.batch_of(
+            self, sent.call, halves.dispatch_recv(sent.call, sent.ticket, sent.home, before)
+        )
 
     def combine_send(
         self, y: jax.Array, route: Route, *, weighted: bool = True, after: Any = None
@@ -373,10 +315,10 @@ class ExpertParallel:
         Args:
           y, route, weighted, after: as in ``combine``.
         """
-        rows, call = self._rows(y, route, weighted)
+        rows, call = arguments.rows(self, y, route, weighted)
         if self.config.chunk is not None and rows.route.home.shape[0] > self.config.chunk:
             raise ValueError("send and recv apart go in one round: make chunk at least as large as T")
-        rows, before = self._varying((rows, _order_operands(after)))
+        rows, before = arguments.varying(self, (rows, order_operands(after)))
         if rows.route.home.shape[0] == 0:
             return SentCombine(jnp.sum(rows.row_weights) * jnp.zeros(4, jnp.float32), rows.route, call)
         return SentCombine(halves.combine_send(call, rows, before), rows.route, call)
@@ -393,165 +335,13 @@ class ExpertParallel:
         Raises:
           jax.errors.JaxRuntimeError: at execution, when ``sent`` was received before.
         """
-        self._require_sent(sent, SentCombine, "combine")
-        accumulate = self._accumulate(accumulate, sent.arrays)
-        sent, accumulate, before = self._varying((sent, accumulate, _order_operands(after)))
+        arguments.require_sent(self, sent, SentCombine, "combine")
+        accumulate = arguments.accumulated(self, accumulate, sent.arrays)
+        sent, accumulate, before = arguments.varying(self, (sent, accumulate, order_operands(after)))
         if sent.arrays.home.shape[0] == 0:
             empty = jnp.broadcast_to(jnp.sum(sent.ticket), (0, self.config.hidden)).astype(self.config.dtype)
             return empty if accumulate is None else accumulate
         return halves.combine_recv(sent.call, sent.ticket, sent.arrays, accumulate, before)
-
-    # --- arguments and results ---
-
-    def _tokens(
-        self,
-        x: Any,
-        indices: Any,
-        weights: Any,
-        scales: Any,
-        num_tokens: Any,
-        expert_map: Any,
-        after: Any,
-    ) -> tuple[ops.Tokens, ops.After]:
-        """Checks the arguments of a dispatch."""
-        config = self.config
-        x, indices, weights = jnp.asarray(x), jnp.asarray(indices), jnp.asarray(weights)
-        if x.ndim != 2 or x.shape[1] != config.hidden:
-            raise ValueError(f"x must be [T, {config.hidden}], got {_describe(x)}")
-        tokens = x.shape[0]
-        if scales is None:
-            if x.dtype != config.dtype:
-                raise TypeError(f"x must be {config.dtype.name} (the config's dtype), got {_describe(x)}")
-        else:
-            x, scales = self._quantized(x, jnp.asarray(scales))
-        if tokens > config.max_tokens:
-            raise ValueError(f"x has {tokens} tokens, max_tokens is {config.max_tokens}")
-        for what, array, dtype in (("indices", indices, np.int32), ("weights", weights, np.float32)):
-            if array.shape != (tokens, config.top_k):
-                raise ValueError(f"{what} must be [{tokens}, {config.top_k}], got {_describe(array)}")
-            if array.dtype != dtype:
-                raise TypeError(f"{what} must be {np.dtype(dtype).name}, got {_describe(array)}")
-        count = jnp.asarray(tokens if num_tokens is None else num_tokens)
-        if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
-            raise TypeError(f"num_tokens must be an integer scalar, got {_describe(count)}")
-        table = jnp.asarray(self.expert_map if expert_map is None else expert_map)
-        if table.size != self.expert_map.size or table.shape not in (
-            (table.size,),
-            (self.num_ranks, self.experts_per_rank),
-        ):
-            raise ValueError(
-                f"expert_map must be [{self.num_ranks}, {self.experts_per_rank}] or flat, like the group's "
-                f"own, got {_describe(table)}"
-            )
-        if not jnp.issubdtype(table.dtype, jnp.integer):
-            raise TypeError(f"expert_map must hold integers, got {_describe(table)}")
-        self._require_sharded(x)
-        operands = ops.Tokens(
-            x, scales, weights, indices, count.astype(jnp.int32), table.reshape(-1).astype(jnp.int32)
-        )
-        checked: tuple[ops.Tokens, ops.After] = self._varying((operands, _order_operands(after)))
-        return checked
-
-    def _quantized(self, x: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-        config = self.config
-        if config.quant is None or config.scale_dtype is None:
-            raise ValueError('scales: the config has quant=None; make it with quant="fp8" or "fp8_ue8m0"')
-        for what, array, dtype, columns in (
-            ("x", x, config.token_dtype, config.hidden),
-            ("scales", scales, config.scale_dtype, config.num_scales),
-        ):
-            if array.shape != (x.shape[0], columns):
-                raise ValueError(
-                    f"{what} must be [{x.shape[0]}, {columns}] (with scales=), got {_describe(array)}"
-                )
-            if array.dtype != dtype:
-                raise TypeError(f"{what} must be {dtype.name} (with scales=), got {_describe(array)}")
-        why = (
-            "dispatch with scales= has no derivative in x and scales: pass unquantised tokens, which "
-            "dispatch quantises itself with straight-through gradients, or use jax.lax.stop_gradient"
-        )
-        return ops.not_differentiable(why, x), ops.not_differentiable(why, scales)
-
-    def _batch(self, call: ops.Call, out: ops.Dispatched) -> tuple[Batch, Route]:
-        """Names results, in the shapes of the layout."""
-
-        def shaped(rows: jax.Array) -> jax.Array:
-            if self.config.layout == "ragged":
-                return rows
-            return rows.reshape(self.experts_per_rank, -1, *rows.shape[1:])
-
-        values = shaped(out.values)
-        tokens, scales = values, None
-        if out.tokens is not None and out.scales is not None:
-            why = (
-                "batch.tokens and batch.scales of quantised tokens have no derivative: use batch.values (and "
-                "don't return them from a function with a custom derivative, which makes zeros for them)"
-            )
-            tokens = shaped(ops.not_differentiable(why, out.tokens))
-            scales = shaped(ops.not_differentiable(why, out.scales))
-        batch = Batch(
-            tokens=tokens,
-            weights=shaped(out.row_weights),
-            group_sizes=out.group_sizes,
-            num_rows=out.num_rows,
-            num_dropped=out.num_dropped,
-            ok=out.route.ok,
-            values=values,
-            scales=scales,
-        )
-        return batch, Route(out.route, out.row_weights, out.group_sizes, call)
-
-    def _rows(self, y: Any, route: Any, weighted: Any) -> tuple[ops.Rows, ops.Call]:
-        """Checks the arguments of a combine."""
-        if not isinstance(route, Route):
-            raise TypeError(f"route must come from dispatch, got {type(route).__name__}")
-        if route.call.group != self.group_id:
-            raise ValueError("route comes from another group's dispatch")
-        if not isinstance(weighted, bool):
-            raise TypeError(f"weighted must be a bool, got {weighted!r}")
-        y = jnp.asarray(y)
-        shape: tuple[int, ...] = (route.call.rows, self.config.hidden)
-        if self.config.layout == "padded":
-            experts = self.experts_per_rank
-            shape = (experts, route.call.rows // experts, self.config.hidden)
-        if y.shape != shape:
-            raise ValueError(f"y must be {list(shape)}, got {_describe(y)}")
-        if y.dtype != self.config.dtype:
-            raise TypeError(f"y must be {self.config.dtype.name}, got {_describe(y)}")
-        rows = ops.Rows(y.reshape(-1, self.config.hidden), route.weights, route.arrays, route.group_sizes)
-        return rows, dataclasses.replace(route.call, weighted=weighted)
-
-    def _accumulate(self, accumulate: Any, route: ops.RouteArrays) -> jax.Array | None:
-        if accumulate is None:
-            return None
-        accumulate = jnp.asarray(accumulate)
-        assert isinstance(accumulate, jax.Array)
-        shape = (route.home.shape[0], self.config.hidden)
-        if accumulate.shape != shape:
-            raise ValueError(f"accumulate must be {list(shape)}, got {_describe(accumulate)}")
-        if accumulate.dtype != self.config.dtype:
-            raise TypeError(f"accumulate must be {self.config.dtype.name}, got {_describe(accumulate)}")
-        return accumulate
-
-    def _require_sent(self, sent: Any, kind: type[Any], operation: str) -> None:
-        if not isinstance(sent, kind):
-            raise TypeError(f"sent must come from {operation}_send, got {type(sent).__name__}")
-        if sent.call.group != self.group_id:
-            raise ValueError(f"sent comes from another group's {operation}_send")
-
-    def _require_sharded(self, x: jax.Array) -> None:
-        """Refuses tokens that JAX knows to be the same on all ranks of an axis."""
-        self._require_manual()
-        if not compat.checks_replication(x, self.axes):
-            return
-        same = [a for a in self.axes if self.mesh.shape[a] > 1 and a not in compat.varying_axes(x)]
-        if same:
-            raise ValueError(
-                f"x is replicated over axis {same[0]!r} of the group: every rank there would send the same "
-                f"{x.shape[0]} tokens. Shard them with in_specs=P({self.axis!r}), or slice inside: "
-                f"n = x.shape[0] // jax.lax.axis_size({same[0]!r}); "
-                f"x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index({same[0]!r}) * n, n)"
-            )
 
     def _call(self, tokens: int, name: str) -> ops.Call:
         self._membership.require_own_process()
@@ -575,65 +365,6 @@ class ExpertParallel:
             scales=config.num_scales,
             scale_dtype=config.scale_dtype.name if config.scale_dtype else "",
         )
-
-    def _require_manual(self) -> None:
-        """Refuses to run where not every axis of the mesh is manual."""
-        bound = compat.bound_axes()
-        missing = [axis for axis in self.axes if axis not in bound]
-        if missing:
-            raise ValueError(
-                "dispatch and combine work per shard: call them inside jax.shard_map over the mesh, with "
-                f"axis {missing[0]!r} manual (manual here: {sorted(bound) or 'none'})"
-            )
-        for axis in self.axes:
-            size = jax.lax.axis_size(axis)
-            if size != self.mesh.shape[axis]:
-                raise ValueError(
-                    f"axis {axis!r} has size {size} here, {self.mesh.shape[axis]} in the group's mesh"
-                )
-        partial = [a for a in self.mesh.axis_names if a not in bound and self.mesh.shape[a] > 1]
-        if partial:
-            raise ValueError(
-                f"dispatch and combine need every axis of the mesh manual, {partial[0]!r} is not: leave out "
-                "axis_names= of jax.shard_map, or name all axes there, and shard over the others by in_specs"
-            )
-
-    def _varying(self, operands: Any) -> Any:
-        """Every operand varying over the group's axes and those of the others: JAX then sums the gradient
-        of what was replicated."""
-        self._require_manual()
-        leaves = jax.tree.leaves(operands)
-        if not compat.checks_replication(leaves[0], self.axes):
-            return operands
-        axes = frozenset(self.axes).union(*(compat.varying_axes(leaf) for leaf in leaves))
-        return jax.tree.map(lambda leaf: compat.to_varying(leaf, axes), operands)
-
-    def _empty(self, call: ops.Call, tokens: ops.Tokens) -> tuple[Batch, Route]:
-        # T is 0 on every rank: there is nothing to exchange. Results depend on operands to vary as they do.
-        nothing = tokens.num_tokens * 0
-        zero = jnp.sum(tokens.x.astype(jnp.float32)) + jnp.sum(tokens.weights)
-
-        def zeros(dtype: Any, *shape: int) -> jax.Array:
-            return jnp.broadcast_to(zero, shape).astype(dtype)
-
-        def ints(*shape: int) -> jax.Array:
-            return jnp.broadcast_to(nothing, shape)
-
-        arrays = ops.RouteArrays(
-            tokens.indices, ints(call.messages), ints(1), tokens.indices[:, 0], nothing + 1
-        )
-        out = ops.Dispatched(
-            values=zeros(call.dtype, call.rows, call.hidden),
-            row_weights=zeros(jnp.float32, call.rows),
-            order=zero,
-            tokens=zeros(call.token_dtype, call.rows, call.hidden) if call.scales else None,
-            scales=zeros(call.scale_dtype, call.rows, call.scales) if call.scales else None,
-            group_sizes=ints(call.experts_per_rank),
-            num_rows=nothing,
-            num_dropped=nothing,
-            route=arrays,
-        )
-        return self._batch(call, out)
 
     # --- lifetime ---
 
@@ -691,23 +422,6 @@ class ExpertParallel:
                 self._membership.check(sync=False)
         finally:
             self.close()
-
-
-_ORDERING = (Batch, Route, SentDispatch, SentCombine)
-
-
-def _order_operands(after: Any) -> ops.After:
-    """One small operand for each array, route or batch in ``after``."""
-    operands = []
-    for item in jax.tree.leaves(after, is_leaf=lambda node: isinstance(node, _ORDERING)):
-        if isinstance(item, (Batch, Route)):
-            item = item.weights
-        elif isinstance(item, (SentDispatch, SentCombine)):
-            item = item.ticket
-        array = jnp.asarray(item)
-        if array.size:
-            operands.append(array.reshape(-1)[:1])
-    return tuple(operands)
 
 
 __all__ = ["Batch", "ExpertParallel", "Route", "SentCombine", "SentDispatch"]

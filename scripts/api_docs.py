@@ -18,15 +18,17 @@ TARGET = ROOT / "docs" / "api.md"
 #: Section, module, and the public names to show in it; None for all.
 SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("Expert parallelism", "expert_parallel", None),
+    ("Results", "results", ("Batch", "Route", "SentCombine", "SentDispatch")),
     ("Configuration", "config", ("ExchangeConfig", "Memory")),
     ("Recomputation", "remat", ("moe_remat",)),
     ("Export", "ops", ("export_checks",)),
     ("Flax layer", "flax", None),
-    (
-        "The layer as a function",
-        "moe",
-        ("moe", "init_params", "MoEConfig", "MoEParams", "MoEAux", "token_axes"),
-    ),
+    ("Linen layer", "linen", ("MoE",)),
+    ("The layer as a function", "moe", ("moe", "MoEAux")),
+    ("Its configuration", "moe_config", ("MoEConfig",)),
+    ("Its parameters", "moe_params", ("MoEParams", "init_params")),
+    ("Its mesh axes", "moe_sharding", ("token_axes", "expert_axis")),
+    ("Balancing", "balance", None),
     ("Router", "router", None),
     ("Experts", "experts", None),
     ("Fabrics", "fabric", ("Fabric",)),
