@@ -241,6 +241,11 @@ std::optional<Error> dispatch_transpose_send(const Call& call, const DispatchTra
 }
 std::optional<Error> dispatch_transpose_recv(const Call& call, const DispatchTransposeRecv& recv,
                                              Ticket ticket) {
+  if (ticket == 0) {
+    std::memset(recv.d_x, 0, call.tokens() * call.shape.row_bytes());
+    std::fill_n(recv.d_weights, int64_t{call.tokens()} * call.shape.top_k, 0.0F);
+    return std::nullopt;
+  }
   return only_recv(call, recv, ticket);
 }
 

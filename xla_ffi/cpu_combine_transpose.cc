@@ -161,6 +161,11 @@ std::optional<Error> combine_transpose_send(const Call& call, const CombineTrans
 
 std::optional<Error> combine_transpose_recv(const Call& call, const CombineTransposeRecv& recv,
                                             Ticket ticket) {
+  if (ticket == 0) {
+    std::memset(recv.d_y, 0, recv.route.rows * call.shape.row_bytes());
+    std::fill_n(recv.d_row_weights, recv.route.rows, 0.0F);
+    return std::nullopt;
+  }
   return with_receiver(call, recv,
                        [&](auto receiver) { return run_recv(call, std::move(receiver), ticket); });
 }

@@ -91,7 +91,8 @@ struct DispatchTransposeRecv {
   float* d_weights;  // out [T, K]
 };
 
-// What a send hands to its recv; never 0.
+// What a send hands to its recv; never 0. A transposed recv takes 0 for a send whose recv has no derivative:
+// then nothing is exchanged and the results are zero.
 using Ticket = uint64_t;
 
 // Each takes part in its exchanges and writes every output. On failure outputs are poisoned (NaN, counts

@@ -160,6 +160,22 @@ TEST_F(TwoRanks, ATicketIsGoodForOneRecvOfItsCallInItsExecution) {
   });
 }
 
+TEST_F(TwoRanks, ATransposedRecvOfNothingIsZero) {
+  const Problem p = problem(1);
+  Cluster cluster(p);
+  Outputs out;
+  Arguments args(p, cluster[0], inputs[0], out);
+  out.home.assign(6 * 2, -1);
+  const auto call = [&](Kind kind) { return make_call(cluster[0], kind, 6, {}); };
+  EXPECT_FALSE(dispatch_transpose_recv(call(Kind::kDispatchTranspose), args.dispatch_transpose_recv(), 0));
+  EXPECT_TRUE(out.d_x == Tensor(p.dtype, 6 * p.hidden));
+  EXPECT_EQ(out.d_weights, std::vector<float>(6 * 2, 0.0F));
+  EXPECT_FALSE(combine_transpose_recv(call(Kind::kCombineTranspose), args.combine_transpose_recv(), 0));
+  EXPECT_TRUE(out.d_y == Tensor(p.dtype, p.row_count(6) * p.hidden));
+  EXPECT_EQ(out.d_row_weights, std::vector<float>(p.row_count(6), 0.0F));
+  EXPECT_EQ(cluster[0].group.stats().exchanges, 0U);
+}
+
 TEST_F(TwoRanks, SendingBeyondTheWindowFailsTheGroup) {
   for (const int depth : {1, 2, 4}) {
     const Problem p = problem(depth);
