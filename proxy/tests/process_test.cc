@@ -1,4 +1,5 @@
-// Engines of several processes, as in production; and what is left when one is killed.
+// Engines of several processes, as in production; and what is left when one is killed. Run each test in a
+// process of its own, as ctest does: a fork of one that has loaded libfabric cannot use it.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,8 +15,12 @@ namespace {
 struct Pipe {
   Pipe() { EXPECT_EQ(pipe(ends), 0); }
   ~Pipe() {
-    ::close(ends[0]);
-    ::close(ends[1]);
+    drop(0);
+    drop(1);
+  }
+  void drop(int end) {
+    if (ends[end] >= 0) ::close(ends[end]);
+    ends[end] = -1;
   }
   void put(const Bytes& bytes) {
     size_t size = bytes.size();
@@ -43,6 +48,9 @@ class ProcessTest : public ::testing::TestWithParam<FabricCase> {
   void start(Child&& child) {
     pid = fork();
     ASSERT_GE(pid, 0);
+    // Each keeps its own ends, so that reading from a dead process ends at once.
+    to_child.drop(pid == 0 ? 1 : 0);
+    to_parent.drop(pid == 0 ? 0 : 1);
     if (pid != 0) return;
     alarm(60);
     int code = 1;
