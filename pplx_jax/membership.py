@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pplx_jax import _core, bootstrap, compat, environment
-from pplx_jax.engine import set_library_search_path
+from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import FabricError, GroupClosedError, MismatchError, make_error
 from pplx_jax.fabric import Fabric
 

@@ -28,25 +28,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
-import importlib
-import importlib.util
 import os
 import pickle
-import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import IO, Any, Literal, Self
+
+from pplx_jax.testing_rank import Setup, Target
 
 __all__ = ["Outcome", "ProcessFailure", "ProcessPool", "Processes", "run_processes"]
 
@@ -112,193 +108,6 @@ def _exit_text(code: int | None) -> str:
         except ValueError:
             return f"killed by signal {-code}"
     return f"exit status {code}"
-
-
-# ---- what travels to a rank --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """A function by name, or a script by path; resolved in the rank."""
-
-    module: str
-    name: str
-    file: str | None
-
-    @staticmethod
-    def of(target: Callable[..., Any] | str | os.PathLike[str]) -> _Target:
-        if isinstance(target, str | os.PathLike):
-            text = os.fspath(target)
-            if text.endswith(".py"):
-                if not Path(text).is_file():
-                    raise ValueError(f"fn: there is no script {text!r}")
-                return _Target("", "", str(Path(text).resolve()))
-            module, colon, name = text.partition(":")
-            if not colon or not module or not name:
-                raise ValueError(f"fn: {text!r} is neither 'module:function' nor the path of a .py file")
-            spec = importlib.util.find_spec(module)
-            return _Target(module, name, spec.origin if spec is not None else None)
-        name = getattr(target, "__qualname__", "")
-        module = getattr(target, "__module__", "")
-        if not callable(target) or not name or not module:
-            raise TypeError(f"fn: must be a function, 'module:function' or a script's path, is {target!r}")
-        if "<" in name:  # <lambda>, <locals>
-            raise ValueError(f"fn: {name} is not at the top level of its module, so ranks cannot import it")
-        loaded = sys.modules.get(module)
-        return _Target(module, name, getattr(loaded, "__file__", None))
-
-    def load(self) -> Callable[..., Any]:
-        if not self.module:
-            return self._run_script
-        value: Any = self._import()
-        for part in self.name.split("."):
-            value = getattr(value, part)
-        if not callable(value):
-            raise TypeError(f"fn: {self.module}:{self.name} is not callable")
-        return value  # type: ignore[no-any-return]
-
-    def _run_script(self, *args: object) -> None:
-        assert self.file is not None
-        sys.argv = [self.file, *map(str, args)]
-        sys.path.insert(0, str(Path(self.file).parent))
-        runpy.run_path(self.file, run_name="__main__")
-
-    def _import(self) -> ModuleType:
-        if self.file is not None:
-            folder = Path(self.file).parent
-            if Path(self.file).name == "__init__.py":
-                folder = folder.parent
-            for _ in range(self.module.count(".")):
-                folder = folder.parent
-            if str(folder) not in sys.path:
-                sys.path.insert(0, str(folder))
-        if self.module != "__main__":
-            return importlib.import_module(self.module)
-        # The caller was a script: its code runs again under another name, so that
-        # `if __name__ == "__main__"` does not.
-        if self.file is None:
-            raise ValueError("fn: functions typed into an interpreter cannot be imported by ranks")
-        name = "__pplx_main__"
-        if name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, self.file)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            spec.loader.exec_module(module)
-        return sys.modules[name]
-
-
-# ---- the rank's side ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    rank: int
-    num_processes: int
-    coordinator: str | None
-    start_timeout: float
-
-
-def _watch_lifeline(descriptor: int) -> None:
-    """End this process when the one that started it is gone: its end of the pipe closes."""
-    with contextlib.suppress(OSError):
-        os.read(descriptor, 1)
-    os._exit(70)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-
-
-def _reply(call: Callable[[], Any]) -> tuple[str, Any]:
-    try:
-        value = call()
-    except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in (None, 0):
-            return "ok", pickle.dumps(None)
-        text = "".join(traceback.format_exception(error))
-        try:
-            pickled = pickle.dumps(error)
-            pickle.loads(pickled)
-        except Exception:
-            pickled = None
-        return "raised", (text, pickled)
-    try:
-        return "ok", pickle.dumps(value)
-    except Exception as error:
-        text = f"TypeError: the returned {type(value).__name__} cannot be pickled: {error}"
-        return "raised", (text, None)
-
-
-# jax.distributed puts the coordination service into rank 0, and every process ends itself (SIGABRT) once the
-# service is gone. Tests that kill rank 0 want to see what the survivors do, so the service runs in a process
-# of its own. (The JAX internals that this takes are in compat.py.)
-
-
-def _coordinator_main() -> None:
-    """Run the coordination service until the parent is gone; the entry point of its process."""
-    from pplx_jax import compat
-
-    address, num_processes, lifeline = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    service = compat.coordination_service(address, num_processes)
-    assert service is not None  # and alive as long as this function runs
-    _watch_lifeline(lifeline)
-
-
-def _start(setup: _Setup) -> None:
-    if setup.coordinator is None:
-        return
-    import jax
-
-    from pplx_jax import compat
-
-    compat.use_external_coordination_service()
-    jax.distributed.initialize(
-        setup.coordinator,
-        setup.num_processes,
-        setup.rank,
-        initialization_timeout=max(1, int(setup.start_timeout)),
-    )
-
-
-def _rank_main() -> None:
-    """Serve calls until the parent closes the connection; the entry point of a rank's process."""
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
-    connection = Connection(int(sys.argv[1]))
-    threading.Thread(target=_watch_lifeline, args=(int(sys.argv[2]),), daemon=True).start()
-    setup: _Setup = pickle.loads(connection.recv_bytes())
-    reply = _reply(lambda: _start(setup))
-    connection.send(reply)
-    while reply[0] == "ok" or setup.coordinator is None:
-        try:
-            request = connection.recv_bytes()
-        except (EOFError, OSError):
-            break
-        if not request:  # a graceful end: run exit handlers, but never wait for long
-            watchdog = threading.Timer(10.0, os._exit, (0,))
-            watchdog.daemon = True
-            watchdog.start()
-            _flush()
-            return
-
-        def call(request: bytes = request) -> Any:
-            target, packed = pickle.loads(request)
-            function = target.load()
-            args, kwargs = pickle.loads(packed)
-            return function(*args, **kwargs)
-
-        message = _reply(call)
-        _flush()
-        try:
-            connection.send(message)
-        except OSError:
-            break
-    _flush()
-    os._exit(70)
 
 
 # ---- the parent's side -------------------------------------------------------------------------------------
@@ -432,7 +241,7 @@ class ProcessPool:
         limit = self.timeout if timeout is None else timeout
         if not limit > 0:
             raise ValueError(f"timeout: must be a positive number of seconds, is {limit!r}")
-        request = pickle.dumps((_Target.of(fn), pickle.dumps((args, kwargs))))
+        request = pickle.dumps((Target.of(fn), pickle.dumps((args, kwargs))))
         self._ensure_started()
         for rank in self._ranks:
             rank.mark()
@@ -467,7 +276,7 @@ class ProcessPool:
                     self._coordinator = self._spawn_coordinator(coordinator)
                 for index in range(self.num_processes):
                     self._ranks.append(self._spawn(index))
-                    setup = _Setup(index, self.num_processes, coordinator, self._start_timeout)
+                    setup = Setup(index, self.num_processes, coordinator, self._start_timeout)
                     self._ranks[-1].connection.send_bytes(pickle.dumps(setup))
                 outcomes = self._collect(self._start_timeout, patient=False)
             except BaseException:
@@ -496,7 +305,7 @@ class ProcessPool:
                 [
                     sys.executable,
                     "-c",
-                    "from pplx_jax.testing import _coordinator_main; _coordinator_main()",
+                    "from pplx_jax.testing_rank import coordinator_main; coordinator_main()",
                     address,
                     str(self.num_processes),
                     str(alive),
@@ -525,7 +334,7 @@ class ProcessPool:
                 [
                     sys.executable,
                     "-c",
-                    "from pplx_jax.testing import _rank_main; _rank_main()",
+                    "from pplx_jax.testing_rank import rank_main; rank_main()",
                     str(theirs.fileno()),
                     str(alive),
                 ],

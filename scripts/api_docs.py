@@ -33,7 +33,21 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("Experts", "experts", None),
     ("Fabrics", "fabric", ("Fabric",)),
     ("Environment", "environment", ("check",)),
-    ("TransferEngine", "engine", None),
+    ("TransferEngine", "engine", ("TransferEngine",)),
+    (
+        "What it hands out",
+        "engine_types",
+        (
+            "Address",
+            "RegionDescriptor",
+            "Region",
+            "RemoteRegion",
+            "ImmCounter",
+            "PeerGroup",
+            "ScatterEntry",
+            "SimOptions",
+        ),
+    ),
     ("Errors", "errors", None),
     ("Multi-process tests", "testing", None),
 )
