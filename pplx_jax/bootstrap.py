@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import socket
 import time
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pplx_jax import compat, errors
+from pplx_jax.interfaces import interfaces
 
 
 def host_identity() -> str:
@@ -23,15 +25,28 @@ def host_identity() -> str:
 
 
 def address_towards(target: str | None) -> str:
-    """The local IP address from which ``target`` (``host:port``) is reached. Sends nothing."""
+    """The local IP address from which ``target`` (``host:port``) is reached. Sends nothing.
+
+    On the target's own host that may be loopback (many hosts' names are in their /etc/hosts), which no other
+    host reaches: then it is the first interface that is up.
+    """
     host = (target or "127.0.0.1").rsplit(":", 1)[0].strip("[]") or "127.0.0.1"
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)
-            return str(probe.getsockname()[0])
+            own = str(probe.getsockname()[0])
     except OSError as error:
         raise errors.FabricError(f"no route towards {host}: {error}") from error
+    if not ipaddress.ip_address(own).is_loopback:
+        return own
+    outside = [one for one in interfaces() if one.up and one.addresses and not one.loopback]
+    if not outside:
+        raise errors.FabricError(
+            f"the route towards {host} is loopback, which no other host reaches, and no other interface is "
+            "up with an address: bring one up, or name one with PPLX_SOCKET_IFNAME"
+        )
+    return outside[0].addresses[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Memory:
         return self.regions + self.staging
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ExchangeConfig:
     """Shape of a group's exchanges. Frozen, hashable, equal by value; does no I/O.
 
@@ -130,9 +130,10 @@ class ExchangeConfig:
         if home not in (self.dtype, np.dtype(np.float32)):
             raise ValueError(f"combine_dtype must be float32 or dtype, {self.dtype.name}, got {home.name}")
         put(self, "combine_dtype", home)
-        if self.quant not in _QUANTS:
+        if not (self.quant is None or isinstance(self.quant, str)) or self.quant not in _QUANTS:
             raise ValueError(f'quant must be None, "fp8" or "fp8_ue8m0", got {self.quant!r}')
-        if isinstance(self.rows, float):
+        if isinstance(self.rows, (float, np.floating)):
+            put(self, "rows", float(self.rows))
             if not (math.isfinite(self.rows) and self.rows > 0):
                 raise ValueError(f"rows as a factor of the balanced load must be > 0, got {self.rows}")
         elif self.rows is not None:
@@ -143,6 +144,16 @@ class ExchangeConfig:
             raise ValueError(f'on_overflow must be "raise" or "drop", got {self.on_overflow!r}')
         if not isinstance(self.zero_tail, bool):
             raise TypeError(f"zero_tail must be a bool, got {self.zero_tail!r}")
+
+    def _key(self) -> tuple[Any, ...]:
+        # rows=2 is a count and rows=2.0 a factor, though 2 == 2.0.
+        return (isinstance(self.rows, float), *dataclasses.astuple(self))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExchangeConfig) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     def experts_per_rank(self, num_ranks: int) -> int:
         """Experts of one rank, ``ceil(num_experts / num_ranks)``; the last ranks may hold fewer."""
@@ -190,6 +201,8 @@ class ExchangeConfig:
     def memory(self, num_ranks: int, experts_per_rank: int | None = None) -> Memory:
         """Bytes that a group of ``num_ranks`` allocates on each rank."""
         num_ranks = _integer("num_ranks", num_ranks, 1, MAX_RANKS)
+        if experts_per_rank is not None:
+            experts_per_rank = _integer("experts_per_rank", experts_per_rank, 1, 65535)
         experts = self.experts_per_rank(num_ranks) if experts_per_rank is None else experts_per_rank
         region, staging = self.shape(0, num_ranks, experts).buffer_bytes()
         lanes = 2 * self.depth

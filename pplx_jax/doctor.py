@@ -6,6 +6,7 @@ becomes a *problem*: what it is, and what to do.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -16,7 +17,7 @@ import resource
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,7 +161,12 @@ def _fabrics(problems: list[Problem]) -> dict[str, dict[str, Any]]:
     names = ["local", "sim", "tcp", "shm", "efa"]
     if wanted is not None and wanted.name not in names:
         names.append(wanted.name)
-    states = {name: _probe(name) for name in names}
+    try:
+        environment.check()
+    except ValueError:  # stops every engine
+        return {name: {"works": False, "text": "not tried: see the environment"} for name in names}
+    # What PPLX_NICS names is for the fabric that is asked for; no other has such a NIC.
+    states = {name: _probe(name, nics=wanted is not None and wanted.name == name) for name in names}
     if not states["local"]["works"]:
         problems.append(
             Problem("error", f"the in-process fabric fails: {states['local']['text']}", "reinstall pplx-jax")
@@ -188,12 +194,25 @@ def _fabric_fix(name: str) -> str:
     return "see the network interfaces below, or choose one with PPLX_SOCKET_IFNAME"
 
 
-def _probe(fabric: str) -> dict[str, Any]:
-    """Open an engine and write through it to itself."""
+@contextlib.contextmanager
+def _without(variable: str) -> Iterator[None]:
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+def _probe(fabric: str, *, nics: bool) -> dict[str, Any]:
+    """Open an engine and write through it to itself; ``nics``: on those that PPLX_NICS names."""
     import numpy as np
 
     try:
-        with TransferEngine(fabric, timeout=5.0) as engine:
+        with contextlib.ExitStack() as stack:
+            if not nics:
+                stack.enter_context(_without("PPLX_NICS"))
+            engine = stack.enter_context(TransferEngine(fabric, timeout=5.0))
             region = engine.empty(16, np.uint8)
             region.array[:8] = range(8)
             engine.write(region, region.descriptor, length=8, dst_offset=8, imm=1).result(5.0)
@@ -203,8 +222,8 @@ def _probe(fabric: str) -> dict[str, Any]:
                 "works": works,
                 "text": engine.fabric_name + (": works" if works else ": wrong data arrived"),
             }
-    except (PplxError, ValueError) as error:
-        return {"works": False, "text": str(error)}
+    except Exception as error:  # whatever it is, it is what the user is to see
+        return {"works": False, "text": str(error) or type(error).__name__}
 
 
 # ---- network -----------------------------------------------------------------------------------------------
@@ -321,7 +340,10 @@ def _limits(report: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
                 )
             )
         if stale:
-            size = sum(path.stat().st_size for path in stale if path.exists())
+            size = 0
+            for path in stale:
+                with contextlib.suppress(OSError):  # removed meanwhile
+                    size += path.stat().st_size
             problems.append(
                 Problem(
                     "warning",
@@ -337,8 +359,9 @@ def _stale_segments(folder: Path) -> list[Path]:
     stale = []
     for path in sorted(folder.iterdir()):
         named = _SHM_FILE.fullmatch(path.name)
-        if named and path.stat().st_uid == os.getuid() and not Path(f"/proc/{named[1]}").exists():
-            stale.append(path)
+        with contextlib.suppress(OSError):  # removed meanwhile
+            if named and path.stat().st_uid == os.getuid() and not Path(f"/proc/{named[1]}").exists():
+                stale.append(path)
     return stale
 
 

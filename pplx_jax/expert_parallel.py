@@ -69,6 +69,8 @@ class ExpertParallel:
     ) -> None:
         if not isinstance(mesh, (Mesh, AbstractMesh)):
             raise TypeError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {type(mesh).__name__}")
+        if not isinstance(axis, (str, list, tuple)):
+            raise TypeError(f"axis must be a mesh axis or a tuple of them, got {axis!r}")
         self.axes = (axis,) if isinstance(axis, str) else tuple(axis)
         for one in self.axes:
             if one not in mesh.axis_names:
@@ -115,6 +117,8 @@ class ExpertParallel:
             self.experts_per_rank,
         )
         self.group_id = _hash63("group", *self._value)
+        # Not in group_id: compiled programs revive on a group with another map, which is their operand.
+        self.map_digest = _hash63("expert_map", *self.expert_map.tolist())
         self._membership = Membership(self, Fabric.parse(fabric), float(timeout), float(stall_timeout))
         # A group that nobody refers to any more frees its memory and name; so does the interpreter's exit.
         weakref.finalize(self, self._membership.close)
@@ -126,7 +130,12 @@ class ExpertParallel:
             table = np.arange(slots, dtype=np.int32)
             table[experts:] = -1
             return table
-        table = np.asarray(expert_map)
+        try:
+            table = np.asarray(expert_map)
+        except ValueError as error:
+            raise ValueError(f"expert_map must be [{ranks}, slots] or flat, got {expert_map!r}") from error
+        if table.ndim not in (1, 2) or (table.ndim == 2 and len(table) != ranks):
+            raise ValueError(f"expert_map must be [{ranks}, slots] or flat, got shape {list(table.shape)}")
         if table.dtype.kind not in "iu" or table.size == 0 or table.size % ranks:
             raise ValueError(
                 f"expert_map must hold ints, equally many for each of {ranks} ranks, "
@@ -143,7 +152,11 @@ class ExpertParallel:
     # --- value ---
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ExpertParallel) and self._value == other._value
+        return (
+            isinstance(other, ExpertParallel)
+            and self._value == other._value
+            and self.map_digest == other.map_digest
+        )
 
     def __hash__(self) -> int:
         return self.group_id

@@ -23,6 +23,7 @@ from pplx_jax import router as routing
 from pplx_jax.experts import ExpertParams, Initializer, default_init
 from pplx_jax.grouped_gemm import Implementation
 from pplx_jax.moe import Layout, MoEAux, MoEConfig, MoEParams, init_params, layout_of, moe
+from pplx_jax.moe_params import check_logical_axes
 from pplx_jax.router import SavedRouting
 
 if TYPE_CHECKING:
@@ -268,18 +269,6 @@ class MoE(nnx.Module):  # type: ignore[misc]
 
 def _value(variable: nnx.Variable[jax.Array] | None) -> jax.Array | None:
     return None if variable is None else variable[...]
-
-
-def check_logical_axes(logical_axes: Any, expert_sharding: Any = None) -> None:
-    """Raises TypeError or ValueError unless these are three names, and given in place of mesh axes."""
-    if not (
-        isinstance(logical_axes, tuple)
-        and len(logical_axes) == 3
-        and all(isinstance(name, str) for name in logical_axes)
-    ):
-        raise TypeError(f"logical_axes must be three names, of (experts, H, I), got {logical_axes!r}")
-    if expert_sharding is not None:
-        raise ValueError(f"give logical_axes or expert_sharding, not both; got {expert_sharding!r}")
 
 
 def _placement(ep: ExpertParallel | None, *, logical: bool) -> dict[str, Any]:

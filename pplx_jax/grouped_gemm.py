@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 from jax import lax
 
@@ -103,10 +104,18 @@ def _gemm(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.
         return tokens @ weights[0]
     library = gpu_library()
     kernels = {} if library is None else {"cuda": functools.partial(_library_rows, library)}
-    out: jax.Array = lax.platform_dependent(
-        tokens, weights, group_sizes, cpu=_loop_rows, default=_ragged_rows, **kernels
-    )
+    out: jax.Array = _by_platform(_loop_rows, _ragged_rows, kernels)(tokens, weights, group_sizes)
     return out
+
+
+def _by_platform(cpu: Any, default: Any, kernels: Any) -> Any:
+    """One implementation a platform; under vmap one call after the other: ragged_dot has no rule."""
+
+    def call(*operands: jax.Array) -> jax.Array:
+        out: jax.Array = lax.platform_dependent(*operands, cpu=cpu, default=default, **kernels)
+        return out
+
+    return jax.custom_batching.sequential_vmap(call)
 
 
 def _forward(tokens: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, Any]:
@@ -120,9 +129,7 @@ def _backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, N
         return d_tokens, jnp.zeros_like(weights), None
     library = gpu_library()
     kernels = {} if library is None else {"cuda": functools.partial(_library_weights, library)}
-    d_weights = lax.platform_dependent(
-        tokens, cotangent, group_sizes, cpu=_loop_weights, default=_ragged_weights, **kernels
-    )
+    d_weights = _by_platform(_loop_weights, _ragged_weights, kernels)(tokens, cotangent, group_sizes)
     return d_tokens, d_weights, None
 
 

@@ -25,6 +25,7 @@ from pplx_jax.experts import ExpertParams, Initializer, default_init
 from pplx_jax.grouped_gemm import Implementation
 from pplx_jax.moe import MoEAux, MoEConfig, MoEParams, layout_of, moe
 from pplx_jax.moe_config import check_float_dtype
+from pplx_jax.moe_params import check_logical_axes
 from pplx_jax.router import SavedRouting
 
 __all__ = ["STATE", "MoE", "MoEAux", "SavedRouting"]
@@ -224,6 +225,7 @@ class MoE(nn.Module):  # type: ignore[misc]
         return y, aux
 
     def _experts(self, name: str, sizes: tuple[int, ...], intermediate: int) -> ExpertParams:
+        check_logical_axes(self.logical_axes)
         made: ExpertParams = Experts(
             sizes=sizes,
             names=self.logical_axes if sizes else self.logical_axes[1:],

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import os
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,7 +52,7 @@ class Membership:
     def __init__(self, group: ExpertParallel, fabric: Fabric, timeout: float, stall_timeout: float) -> None:
         self._group_id = group.group_id
         self._name = group.name
-        self._value = repr(group._value)
+        self._value = f"{group._value!r} with expert_map {group.map_digest:x}"
         self._mesh = group.mesh
         self._axes = group.axes
         self._config = group.config
@@ -232,14 +233,16 @@ class Membership:
         """Waits, at most ``timeout``, for what this process has dispatched: programs run asynchronously, and
         the runtime tells of their end only through their results."""
 
-        def wait() -> None:
-            for array in jax.live_arrays():
-                with contextlib.suppress(Exception):  # a program's own failure is not ours to raise
-                    array.block_until_ready()
+        def under_way(array: Any) -> bool:
+            with contextlib.suppress(Exception):  # deleted meanwhile, or its program failed
+                return not array.is_ready()
+            return False
 
-        thread = threading.Thread(target=wait, daemon=True)
-        thread.start()
-        thread.join(self._timeout)
+        # Not in a thread: none can be started while the interpreter shuts down.
+        deadline = time.monotonic() + self._timeout
+        waiting = jax.live_arrays()
+        while (waiting := [array for array in waiting if under_way(array)]) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def stats(self) -> dict[str, Any]:
         """``ExpertParallel.stats``."""
@@ -277,7 +280,7 @@ class Membership:
         if os.getpid() != self._process:  # at a forked child's exit; nothing of it is ours to close
             return
         # Before the lock is taken: a program under way may need it, to connect.
-        if not self._closed and not any(member.failure() for member in self._members.values()):
+        if self._members and not any(member.failure() for member in self._members.values()):
             self._drain()
         with self._connect_lock:
             if self._closed:
@@ -289,9 +292,14 @@ class Membership:
                 if _known.get(self._group_id) is self:
                     del _known[self._group_id]
             # Together: each tells its peers and waits for the last local completions.
-            threads = [threading.Thread(target=member.close) for member in self._members.values()]
-            for thread in threads:
-                thread.start()
+            threads = []
+            for member in self._members.values():
+                thread = threading.Thread(target=member.close)
+                try:
+                    thread.start()
+                    threads.append(thread)
+                except RuntimeError:  # the interpreter shuts down
+                    member.close()
             for thread in threads:
                 thread.join()
 

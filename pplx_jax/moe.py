@@ -312,6 +312,8 @@ def _check_inputs(
     if x.ndim < 1 or x.shape[-1] != hidden:
         raise ValueError(f"x must have shape [..., {hidden}] (params.router's H), got {tuple(x.shape)}")
     if mask is not None:
+        if not hasattr(mask, "dtype"):
+            raise TypeError(f"mask must be a bool array, got {type(mask).__name__}")
         if tuple(mask.shape) != tuple(x.shape[:-1]):
             raise ValueError(f"mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
         if mask.dtype != jnp.bool_:
@@ -392,7 +394,8 @@ def moe(
     _check_group(ep, hidden, experts, config)
     if expert_map is not None:
         table = jnp.asarray(expert_map)
-        if table.size != ep.expert_map.size or not jnp.issubdtype(table.dtype, jnp.integer):
+        shapes = ((ep.expert_map.size,), (ep.num_ranks, ep.experts_per_rank))
+        if table.shape not in shapes or not jnp.issubdtype(table.dtype, jnp.integer):
             raise ValueError(
                 f"expert_map must hold ints [{ep.num_ranks}, {ep.experts_per_rank}] like the group's own, "
                 f"got {table.dtype} {list(table.shape)}"

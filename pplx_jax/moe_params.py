@@ -128,3 +128,15 @@ def _check_expert_params(name: str, params: ExpertParams, sizes: tuple[int, ...]
             raise ValueError(f"{name}.{field} must have shape {shape}, got {tuple(value.shape)}")
     if params.gate is None and params.gate_bias is not None:
         raise ValueError(f"{name}.gate_bias must be None where {name}.gate is None")
+
+
+def check_logical_axes(logical_axes: Any, expert_sharding: Any = None) -> None:
+    """Raises TypeError or ValueError unless these are three names, and given in place of mesh axes."""
+    if not (
+        isinstance(logical_axes, tuple)
+        and len(logical_axes) == 3
+        and all(isinstance(name, str) for name in logical_axes)
+    ):
+        raise TypeError(f"logical_axes must be three names, of (experts, H, I), got {logical_axes!r}")
+    if expert_sharding is not None:
+        raise ValueError(f"give logical_axes or expert_sharding, not both; got {expert_sharding!r}")

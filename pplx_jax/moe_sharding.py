@@ -199,12 +199,22 @@ def gather_fsdp(params: ExpertParams, layout: Layout, dtype: Any) -> ExpertParam
 
 def reshard(tree: Any, mesh: Any, specs: Any) -> Any:
     """Moves arrays to specs where the mesh has explicit axes, as shard_map doesn't do it by itself there."""
-    if AxisType.Explicit not in mesh.axis_types:
+    explicit = {
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    }
+    if not explicit:
         return tree
+
+    def explicit_part(spec: P) -> NamedSharding:
+        # A spec may not name the others; those shard_map does move.
+        parts = []
+        for part in spec:
+            names = () if part is None else (part,) if isinstance(part, str) else part
+            parts.append(tuple(name for name in names if name in explicit) or None)
+        return NamedSharding(mesh, P(*parts))
+
     return jax.tree.map(
-        lambda spec, leaves: jax.tree.map(
-            lambda a: jax.sharding.reshard(a, NamedSharding(mesh, spec)), leaves
-        ),
+        lambda spec, leaves: jax.tree.map(lambda a: jax.sharding.reshard(a, explicit_part(spec)), leaves),
         specs,
         tree,
         is_leaf=lambda spec: isinstance(spec, P),

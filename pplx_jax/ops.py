@@ -111,7 +111,6 @@ def exchange(target: str, results: Results, operands: list[jax.Array], **attribu
 
     # Not ffi_call's own sequential method: it keeps the types of the unbatched call, which do not vary over
     # the axis that vmap's spmd_axis_name adds.
-    @jax.custom_batching.custom_vmap
     def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
         axes = frozenset[str]().union(*(compat.varying_axes(a) for a in operands))
         alike = [compat.to_varying(a, axes) for a in operands]
@@ -119,18 +118,7 @@ def exchange(target: str, results: Results, operands: list[jax.Array], **attribu
         outputs: list[jax.Array] = list(jax.ffi.ffi_call(target, types)(*alike, **attributes))
         return tuple(outputs)
 
-    @call.def_vmap
-    def one_after_the_other(
-        size: int, batched: list[bool], *operands: jax.Array
-    ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
-        def element(i: jax.Array) -> tuple[jax.Array, ...]:
-            own = (a[i] if of_axis else a for a, of_axis in zip(operands, batched, strict=True))
-            outputs: tuple[jax.Array, ...] = call(*own)
-            return outputs
-
-        return jax.lax.map(element, jnp.arange(size)), (True,) * len(results)
-
-    return list(call(*operands))
+    return list(jax.custom_batching.sequential_vmap(call)(*operands))
 
 
 class Bits(NamedTuple):

@@ -35,6 +35,7 @@ GOOD = dict(num_experts=8, top_k=2, hidden=16, max_tokens=8, dtype="float32")
         ({"dtype": "float64"}, ValueError, "dtype must be one of float32, bfloat16, float16, got float64"),
         ({"dtype": "nonsense"}, TypeError, "dtype must be one of float32"),
         ({"layout": "rows"}, ValueError, 'layout must be "ragged" or "padded", got \'rows\''),
+        ({"quant": ["fp8"]}, ValueError, "quant must be None"),
         ({"quant": "int8"}, ValueError, 'quant must be None, "fp8" or "fp8_ue8m0", got \'int8\''),
         ({"combine_dtype": "bfloat16"}, ValueError, "combine_dtype must be float32 or dtype, float32, got"),
         ({"alignment": 0}, ValueError, "alignment must be in 1..4096"),
@@ -52,6 +53,17 @@ def test_config(fields, error, text):
     [
         ({"axis": "dp"}, ValueError, "axis 'dp' is not an axis of the mesh"),
         ({"axis": ()}, ValueError, "axis must name one or more"),
+        ({"axis": None}, TypeError, "axis must be a mesh axis or a tuple of them, got None"),
+        (
+            {"expert_map": np.zeros((2, 4), int)},
+            ValueError,
+            r"must be \[4, slots\] or flat, got shape \[2, 4\]",
+        ),
+        (
+            {"expert_map": [[0, 1], [2]]},
+            ValueError,
+            r"expert_map must be \[4, slots\] or flat, got \[\[0, 1\]",
+        ),
         ({"axis": ("ep", "ep")}, ValueError, "distinct"),
         ({"name": ""}, ValueError, "name must be a string of 1 to 64"),
         ({"name": 3}, ValueError, "name must be a string"),
@@ -75,6 +87,11 @@ def test_group(arguments, error, text):
     mesh = jax.sharding.AbstractMesh((2048,), ("ep",)) if "top_k" in arguments else make_mesh(ranks)
     with pytest.raises(error, match=text):
         ExpertParallel(mesh, **GOOD | arguments)
+
+
+def test_experts_per_rank_of_memory():
+    with pytest.raises(ValueError, match=r"experts_per_rank must be in 1\.\.65535, got 0"):
+        ExchangeConfig(**GOOD).memory(4, experts_per_rank=0)
 
 
 def test_mesh():

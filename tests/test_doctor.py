@@ -68,6 +68,18 @@ def test_errors(name, value, what, fix):
     assert any(what in error["what"] and fix in error["fix"] for error in errors), errors
 
 
+def test_nics_are_for_the_fabric_that_is_asked_for():
+    report = json.loads(run("--json", PPLX_NICS="rdmap16s27").stdout)
+    assert report["fabrics"]["tcp"]["works"]
+
+
+def test_a_wrong_variable_is_told_once():
+    report = json.loads(run("--json", PPLX_TIMEOUT="abc").stdout)
+    assert report["fabrics"]["tcp"]["text"] == "not tried: see the environment"
+    (problem,) = [one for one in report["problems"] if one["severity"] == "error"]
+    assert "PPLX_TIMEOUT" in problem["what"]
+
+
 def test_warnings_leave_the_exit_code():
     done = run("--json", PPLX_FABRICS="tcp")
     assert done.returncode == 0

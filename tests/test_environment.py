@@ -13,7 +13,7 @@ import jax
 import pytest
 from moe_oracle import Case, make_mesh, same_bits, sharded
 
-from pplx_jax import ExpertParallel, FabricError, TransferEngine, environment
+from pplx_jax import ExpertParallel, FabricError, TransferEngine, bootstrap, environment
 from pplx_jax.fabric import Fabric
 from pplx_jax.interfaces import Interface, interfaces, select
 
@@ -143,6 +143,17 @@ def test_the_interface_is_bound(monkeypatch):
     assert environment.socket_address() == usable[0].addresses[0]
     with TransferEngine("tcp") as engine:
         assert socket.inet_aton(usable[0].addresses[0]) in bytes(engine.address)
+
+
+def test_the_address_on_the_coordinators_own_host(monkeypatch):
+    """The name of a host often resolves to loopback there, which no other host reaches."""
+    lo = Interface("lo", ("127.0.0.1",), up=True, loopback=True)
+    card = Interface("eth0", ("10.1.2.3",), up=True, loopback=False)
+    monkeypatch.setattr(bootstrap, "interfaces", lambda: [lo, card])
+    assert bootstrap.address_towards("127.0.1.1:1234") == "10.1.2.3"
+    monkeypatch.setattr(bootstrap, "interfaces", lambda: [lo])
+    with pytest.raises(FabricError, match="is loopback, which no other host reaches"):
+        bootstrap.address_towards("localhost:1234")
 
 
 def test_nics(monkeypatch):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe_layer import INIT, INNER, H, arrays, assert_close, collectives, group, make_params, mesh_of
 
@@ -261,6 +261,28 @@ def test_experts_placed_by_a_map_with_replicas() -> None:
 
     with group(mesh_of(ep=4), 5, 2, expert_map=[[4, 1], [3, 0], [2, 1], [0, -1]]) as ep:
         assert_close(gradients(ep), gradients(None))
+
+
+def test_vmap_of_the_layer() -> None:
+    params, config = make_params(8), MoEConfig(top_k=2)
+    x = jax.random.normal(jax.random.key(2), (3, 8, H))
+
+    def gradients(ep: Any) -> Any:
+        def loss(params: MoEParams, x: jax.Array) -> jax.Array:
+            return (jax.vmap(lambda x: moe(params, x, config, ep=ep)[0])(x) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(params, x)
+
+    with group(mesh_of(ep=4), 8, 2) as ep:
+        assert_close(gradients(ep), gradients(None))
+
+
+def test_mixed_mesh_axes() -> None:
+    """Some axes Explicit, some Auto: each is moved by whom it belongs to."""
+    for kinds in ((AxisType.Explicit, AxisType.Auto), (AxisType.Auto, AxisType.Explicit)):
+        devices = np.array(jax.devices()[:4]).reshape(2, 2)
+        for names in (("dp", "ep"), ("ep", "fsdp"), ("ep", "tp")):
+            check_group(Mesh(devices, names, axis_types=kinds), 8, (8, 2, H), {}, MoEConfig(top_k=2))
 
 
 def test_drops_are_counted() -> None:

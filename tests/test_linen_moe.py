@@ -33,6 +33,12 @@ def as_params(variables: Any) -> MoEParams:
     )
 
 
+@pytest.mark.parametrize("names", [("expert", "embed"), "xyz", ("expert", "embed", 3)])
+def test_bad_logical_axes_are_named(names: Any) -> None:
+    with pytest.raises(TypeError, match="logical_axes must be three names"):
+        layer(logical_axes=names).init(jax.random.key(0), jnp.ones((4, H)))
+
+
 def test_module_is_the_pure_function() -> None:
     x = jax.random.normal(jax.random.key(1), (4, 3, H))
     options: dict[str, Any] = {"use_bias": True, "router_bias": True, "shared_experts": 2}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,59 @@ def test_equal_by_value():
     with pytest.raises(TypeError, match=r"\.config"):
         pickle.dumps(one)
     assert pickle.loads(pickle.dumps(one.config)) == one.config
+
+
+def test_a_count_is_no_factor():
+    count, factor = (pplx_jax.ExchangeConfig(**SMALL | {"rows": rows}) for rows in (2, 2.0))
+    assert count != factor
+    assert count.num_rows(2) == 2
+    assert factor.num_rows(2) == 48
+    assert factor == pplx_jax.ExchangeConfig(**SMALL | {"rows": np.float64(2.0)})
+    assert hash(factor) == hash(pplx_jax.ExchangeConfig(**SMALL | {"rows": 2.0}))
+
+
+def test_groups_of_other_maps_differ_but_revive_each_others_programs():
+    mesh = make_mesh(4)
+    maps = [[list(range(3 * r, 3 * r + 3)) for r in range(4)] for _ in range(2)]
+    for table in maps:
+        table[3] = [9, -1, -1]
+    maps[1].reverse()
+    one, other = (ExpertParallel(mesh, name="maps", expert_map=table, **SMALL) for table in maps)
+    assert one != other
+    assert one.group_id == other.group_id
+    assert one == ExpertParallel(mesh, name="maps", expert_map=np.reshape(maps[0], -1), **SMALL)
+
+
+EXIT = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, jax.numpy as jnp, numpy as np
+from jax._src import xla_bridge
+import pplx_jax
+mesh = jax.sharding.AbstractMesh((2,), ("ep",))
+config = dict(num_experts=4, top_k=1, hidden=8, max_tokens=4, dtype="float32")
+pplx_jax.ExpertParallel(mesh, name="never connected", **config).close()
+assert not xla_bridge.backends_are_initialized()
+ep = pplx_jax.ExpertParallel(jax.sharding.Mesh(np.array(jax.devices()), ("ep",)), fabric="{fabric}", **config)
+def per_shard(x):
+    batch, route = ep.dispatch(x, jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1), jnp.float32))
+    return ep.combine(batch.tokens, route)
+step = jax.jit(jax.shard_map(per_shard, mesh=ep.mesh, in_specs=jax.P("ep"), out_specs=jax.P("ep")))
+step(np.ones((8, 8), np.float32)).block_until_ready()
+"""
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("fabric", ["local", "tcp"])
+def test_a_program_that_never_closes_its_group_ends_quietly(fabric):
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT.replace("{fabric}", fabric)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_group_id_is_the_same_in_every_process():

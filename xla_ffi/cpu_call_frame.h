@@ -116,6 +116,7 @@ struct RouteBuffers {
                   "route.source_slots");
     require_count(slot_start, slots + 1, "route.slot_start");
     require_count(slot_rows, slots * shape.entries(), "route.slot_rows");
+    require_count(ok, 1, "route.ok");
     return {.home = home.typed_data(),
             .source_slots = source_slots.typed_data(),
             .slot_start = slot_start.typed_data(),

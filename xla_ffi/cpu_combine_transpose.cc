@@ -149,9 +149,8 @@ std::optional<Error> with_receiver(const Call& call, const CombineTransposeRecv&
 
 std::optional<Error> combine_transpose(const Call& call, const CombineTransposeSend& send,
                                        const CombineTransposeRecv& recv) {
-  return with_receiver(call, recv, [&](auto receiver) {
-    return run_both(call, CotangentSender(call, send), std::move(receiver));
-  });
+  return with_receiver(
+      call, recv, [&](auto&& receiver) { return run_both(call, CotangentSender(call, send), receiver); });
 }
 
 std::optional<Error> combine_transpose_send(const Call& call, const CombineTransposeSend& send,
@@ -166,8 +165,7 @@ std::optional<Error> combine_transpose_recv(const Call& call, const CombineTrans
     std::fill_n(recv.d_row_weights, recv.route.rows, 0.0F);
     return std::nullopt;
   }
-  return with_receiver(call, recv,
-                       [&](auto receiver) { return run_recv(call, std::move(receiver), ticket); });
+  return with_receiver(call, recv, [&](auto&& receiver) { return run_recv(call, receiver, ticket); });
 }
 
 }  // namespace pplx::moe

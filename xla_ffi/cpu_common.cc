@@ -3,6 +3,7 @@
 namespace pplx::moe {
 
 std::optional<Error> refusal(const Call& call) {
+  call.group.require_own_process();
   if (call.group.closed()) {
     return Error(ErrorKind::kClosed, "group '" + call.group.config().name +
                                          "' was closed; open it again with the same "
@@ -10,6 +11,7 @@ std::optional<Error> refusal(const Call& call) {
                                          std::string(call.site.name));
   }
   if (call.group.raises_in(call.run)) return call.group.failure();
+  if (auto error = call.group.deferred_raise(call.run)) return error;
   return std::nullopt;
 }
 
@@ -30,6 +32,13 @@ void report_foreign_route(const Call& call) {
 ReceivedSlots::ReceivedSlots(const Call& call, const Route& route) : shape_(call.shape), route_(route) {
   if (*route.ok != 1) {
     sound_ = false;
+    if (!call.group.failure()) {
+      call.group.report_data_error(
+          Error(ErrorKind::kRouting, "group '" + call.group.config().name + "', '" +
+                                         std::string(call.site.name) +
+                                         "': the route is of a dispatch that failed"),
+          call.group.config().rank, call.run);
+    }
     return;
   }
   sound_ = check(call);

@@ -131,7 +131,7 @@ std::optional<Error> end(const Call& call, Receiver& receiver, Exchange& exchang
 }
 
 template <typename Sender, typename Receiver>
-std::optional<Error> run_both(const Call& call, Sender sender, Receiver receiver) {
+std::optional<Error> run_both(const Call& call, Sender&& sender, Receiver&& receiver) {
   if (auto error = refusal(call)) return error;
   const bool usable = sender.prepare();
   bool sound = receiver.prepare(!usable);
@@ -146,7 +146,7 @@ std::optional<Error> run_both(const Call& call, Sender sender, Receiver receiver
 }
 
 template <typename Sender>
-std::optional<Error> run_send(const Call& call, Sender sender, Ticket& ticket) {
+std::optional<Error> run_send(const Call& call, Sender&& sender, Ticket& ticket) {
   ticket = 0;
   if (auto error = refusal(call)) return error;
   if (call.rounds() != 1) {
@@ -160,7 +160,7 @@ std::optional<Error> run_send(const Call& call, Sender sender, Ticket& ticket) {
 }
 
 template <typename Receiver>
-std::optional<Error> run_recv(const Call& call, Receiver receiver, Ticket ticket) {
+std::optional<Error> run_recv(const Call& call, Receiver&& receiver, Ticket ticket) {
   if (auto error = refusal(call)) return error;
   if (call.group.failure()) {
     receiver.poison();

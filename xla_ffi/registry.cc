@@ -32,6 +32,7 @@ std::shared_ptr<Member> Registry::find(int64_t group, int32_t device) const {
 }
 
 std::shared_ptr<Member> Registry::get(int64_t group, int32_t device) {
+  mark_.require("the group");
   if (auto member = find(group, device); member && !member->group.closed()) return member;
   std::function<void(int64_t)> connector;
   {

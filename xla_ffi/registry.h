@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "proxy/moe/exchange_group.h"
+#include "proxy/process.h"
 #include "xla_ffi/layout.h"
 
 namespace pplx::moe {
@@ -38,6 +39,7 @@ class Registry {
  private:
   std::shared_ptr<Member> find(int64_t group, int32_t device) const;
 
+  const ProcessMark mark_;
   mutable std::mutex mutex_;
   std::map<std::pair<int64_t, int32_t>, std::shared_ptr<Member>> members_;
   std::function<void(int64_t)> connector_;

@@ -104,6 +104,7 @@ void EngineCore::run_worker() {
   pthread_setname_np(pthread_self(), "pplx-engine");
   prctl(PR_SET_TIMERSLACK, 1000UL, 0, 0, 0);  // naps of 50 us would otherwise last 100
   if (int core = worker_core_; core >= 0 && !pin_to_core(core)) {
+    worker_core_ = EngineConfig::kAnyCore;
     log(LogLevel::kWarn, "the worker could not be pinned to core ", core);
   }
   constexpr long kShortNap = 50'000, kLongNap = 1'000'000, kStandBack = 500'000;
@@ -186,7 +187,7 @@ EngineStats EngineCore::stats() const {
           c.sends,        c.receives,
           c.immediates,   c.unknown_immediates,
           c.errors,       c.polls,
-          c.backpressure, std::max(worker_core_, -1)};
+          c.backpressure, std::max(worker_core_.load(), -1)};
 }
 
 void EngineCore::close() {

@@ -200,7 +200,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
 
   CallbackThread callbacks_;
   std::optional<CoreClaim> core_claim_;
-  int worker_core_ = EngineConfig::kAnyCore;  // set before the worker starts
+  std::atomic<int> worker_core_{EngineConfig::kAnyCore};
   std::thread worker_;
 };
 

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <filesystem>
 #include <mutex>
@@ -19,7 +20,8 @@ namespace {
 std::mutex g_mutex;
 std::vector<std::string> g_folders;
 std::optional<Libfabric> g_library;
-std::optional<ProcessMark> g_loaded_in;
+std::optional<ProcessMark> g_loaded_in;  // written before g_loaded
+std::atomic<bool> g_loaded{false};
 
 std::vector<std::string> candidates() {
   // An explicit path is the user's decision: nothing else is tried beside it.
@@ -82,13 +84,16 @@ void set_library_search_path(std::vector<std::string> folders) {
 }
 
 const Libfabric& load_libfabric() {
-  if (g_loaded_in) g_loaded_in->require("libfabric, which is loaded already,");
+  if (g_loaded.load(std::memory_order_acquire)) {
+    g_loaded_in->require("libfabric, which is loaded already,");
+  }
   std::lock_guard lock(g_mutex);
   if (g_library) return *g_library;
   std::string tried;
   for (const auto& path : candidates()) {
     if ((g_library = try_open(path, tried))) {
       g_loaded_in.emplace();
+      g_loaded.store(true, std::memory_order_release);
       exit_early_in_forks();
       log(LogLevel::kInfo, "libfabric ", g_library->major(), ".", g_library->minor(), " from ", path);
       return *g_library;

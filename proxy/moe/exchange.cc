@@ -26,13 +26,15 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, i
     : group_(group), lock_(group.enter(met_)), site_(site), round_(round), started_(Clock::now()) {
   group.begin(run, met_);
   finish_abandoned(run);
+  started_ = Clock::now();
   number_ = group.next_exchange_++;
+  unfinished_ = true;
   const auto& launches = group.config_.launches;
   if (launches != nullptr && !group.failed_ && !group.closed_ && !launches->agree(number_, run)) {
     group.fail_overlap();
   }
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
-  first_call_ = group.seen_tags_.insert(site.tag).second;
+  first_call_ = group.seen_calls_.emplace(site.kind, site.tag).second;
   const std::lock_guard guard(group.status_mutex_);
   if (group.data_error_ && group.data_error_run_ != run) {
     raise_ = kRaise;
@@ -61,6 +63,7 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, 
   raise_ = parked->second.raise;
   raise_culprit_ = parked->second.raise_culprit;
   *poisoned = parked->second.poisoned;
+  resumed_ = unfinished_ = true;
   group.parked_.erase(parked);
 }
 
@@ -72,6 +75,7 @@ uint64_t Exchange::park(bool poisoned) {
                                                         .poisoned = poisoned,
                                                         .raise = raise_,
                                                         .raise_culprit = raise_culprit_});
+  unfinished_ = false;
   note_sent();
   return number_ + 1;
 }
@@ -90,8 +94,8 @@ void Exchange::finish_abandoned(int64_t run) {
           Error(ErrorKind::kMismatch,
                 describe() + ": sent while exchange " + std::to_string(oldest->first) +
                     " has not been received; at most depth=" + std::to_string(group_.config_.depth) +
-                    " may be under way, and they are received in the order in which they were sent (order "
-                    "the send after that recv with after=, or raise depth)"),
+                    " may be under way, counted from the oldest (order the send after that recv with after=, "
+                    "or raise depth)"),
           group_.config_.rank);
       return;
     }
@@ -99,11 +103,17 @@ void Exchange::finish_abandoned(int64_t run) {
     lane_ = static_cast<uint32_t>(number_ % group_.lanes_);
     first_call_ = oldest->second.first_call;
     parked.erase(oldest);
+    started_ = Clock::now();
     wait_for_arrivals(false);
   }
 }
 
-Exchange::~Exchange() = default;
+Exchange::~Exchange() {
+  // An exception came between; peers must not wait for the rest.
+  if (unfinished_ && !group_.failed_ && !group_.closed_) {
+    group_.fail(Error(ErrorKind::kPeer, describe() + ": given up by an exception"), group_.config_.rank);
+  }
+}
 
 std::string Exchange::describe() const {
   return "group '" + group_.config_.name + "', exchange " + std::to_string(number_) + ", " +
@@ -209,6 +219,7 @@ void Exchange::note_sent() {
 }
 
 bool Exchange::wait() {
+  unfinished_ = false;
   if (group_.failed_ || group_.closed_) return false;
   note_sent();
   return check(group_.config_.rank) && wait_for_arrivals(true);
@@ -332,14 +343,17 @@ const std::byte* Exchange::body(uint32_t source) const {
 
 size_t Exchange::body_bytes(uint32_t source) const { return header(source).bytes - sizeof(RegionHeader); }
 
-std::optional<Error> Exchange::raised() const {
+std::optional<Error> Exchange::raised() {
   for (uint32_t source = 0; source < group_.config_.num_ranks; ++source) {
     const RegionHeader& theirs = header(source);
     if ((theirs.flags & kRaise) == 0) continue;
-    if (const auto own = group_.data_error()) return own;
-    return Error(ErrorKind::kRouting, describe() + ": an earlier step had a data error on " +
-                                          group_.rank_name(theirs.culprit) +
-                                          "; that rank's check() tells which");
+    Error error(ErrorKind::kRouting, describe() + ": an earlier step had a data error on " +
+                                         group_.rank_name(theirs.culprit) +
+                                         "; that rank's check() tells which");
+    if (const auto own = group_.data_error()) error = *own;
+    if (!resumed_) return error;
+    group_.defer_raise(error, group_.current_run_);
+    return std::nullopt;
   }
   return std::nullopt;
 }

@@ -252,6 +252,20 @@ std::optional<Error> ExchangeGroup::take_data_error() {
   return std::exchange(data_error_, std::nullopt);
 }
 
+void ExchangeGroup::defer_raise(const Error& error, int64_t run) {
+  const std::lock_guard guard(status_mutex_);
+  if (!deferred_raise_) deferred_raise_ = DeferredRaise{.error = error, .seen = run, .returns = std::nullopt};
+}
+
+std::optional<Error> ExchangeGroup::deferred_raise(int64_t run) {
+  const std::lock_guard guard(status_mutex_);
+  if (!deferred_raise_ || run == deferred_raise_->seen) return std::nullopt;
+  if (!deferred_raise_->returns) deferred_raise_->returns = run;
+  if (deferred_raise_->returns == run) return deferred_raise_->error;
+  deferred_raise_.reset();
+  return std::nullopt;
+}
+
 bool ExchangeGroup::raises_in(int64_t run) const {
   const std::lock_guard guard(status_mutex_);
   return failure_.has_value() && failure_run_ != run;

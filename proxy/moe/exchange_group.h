@@ -96,6 +96,13 @@ class ExchangeGroup {
   uint32_t data_error_culprit() const;
   std::optional<Error> take_data_error();
 
+  // A recv half has seen the raise flag in `run`, whose sends it must not cut short: every rank returns
+  // `error` from all exchanges of the next execution instead.
+  void defer_raise(const Error& error, int64_t run);
+  std::optional<Error> deferred_raise(int64_t run);
+  // Throws kFabric in a fork of the process that made the group. Takes no lock.
+  void require_own_process() const { mark_.require("the group"); }
+
   // True when an execution `run` must return the failure to XLA instead of poisoning: the failure happened
   // in an earlier execution (or outside any).
   bool raises_in(int64_t run) const;
@@ -168,7 +175,7 @@ class ExchangeGroup {
   std::atomic<uint64_t> control_posted_{0};
 
   std::mutex exchange_mutex_;  // one exchange at a time
-  std::set<uint64_t> seen_tags_;
+  std::set<std::pair<Kind, uint64_t>> seen_calls_;
   std::map<uint64_t, Parked> parked_;  // by exchange number
   std::deque<int64_t> past_runs_;      // executions before the current one, the latest last
   std::vector<RegionHeader> headers_;  // [source] of this exchange, out of the peers' reach once checked
@@ -181,6 +188,12 @@ class ExchangeGroup {
   std::optional<int64_t> failure_run_;
   std::optional<Error> data_error_;
   int64_t data_error_run_ = 0;
+  struct DeferredRaise {
+    Error error;
+    int64_t seen;                    // the execution in which the flag came
+    std::optional<int64_t> returns;  // the one that returns it
+  };
+  std::optional<DeferredRaise> deferred_raise_;
   uint32_t data_error_culprit_ = kNobody;
   std::atomic<bool> failed_{false};
   std::atomic<int64_t> current_run_{-1};
@@ -194,8 +207,8 @@ class ExchangeGroup {
 // not between park() and the constructor that takes its ticket.
 class Exchange {
  public:
-  // Takes the next number. `run` tells executions apart. At most `depth` exchanges may be parked, and they
-  // are resumed in order: otherwise the group fails.
+  // Takes the next number. `run` tells executions apart. The group fails if the exchange `depth` before this
+  // one, or an older one, is still parked.
   Exchange(ExchangeGroup& group, const CallSite& site, uint32_t round, int64_t run);
   // Takes up an exchange where park() left it. Throws kInvalidArgument when there is none of this ticket,
   // site and run: it was resumed before, or belongs to another program.
@@ -218,8 +231,9 @@ class Exchange {
   const std::byte* body(uint32_t source) const;
   size_t body_bytes(uint32_t source) const;
   bool poisoned(uint32_t source) const { return (header(source).flags & kPoisoned) != 0; }
-  // After wait(): an error to return to XLA on every rank, because one of them has an old data error.
-  std::optional<Error> raised() const;
+  // After wait(): an error to return to XLA on every rank, because one of them has an old data error. Of an
+  // exchange that was parked it is kept for the next execution.
+  std::optional<Error> raised();
   // The message of `source` breaks the protocol: fails the group.
   void reject(uint32_t source, const std::string& why);
 
@@ -239,7 +253,9 @@ class Exchange {
   uint64_t number_ = 0;
   uint32_t lane_ = 0;
   bool first_call_ = false;
-  uint8_t raise_ = 0;  // kRaise, the same to every peer whatever happens meanwhile
+  bool resumed_ = false;
+  bool unfinished_ = false;  // has a number that peers count on
+  uint8_t raise_ = 0;        // kRaise, the same to every peer whatever happens meanwhile
   uint32_t raise_culprit_ = 0;
   Clock::time_point started_;
   size_t staged_ = 0;  // bytes of the send buffer in use

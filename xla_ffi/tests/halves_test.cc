@@ -242,6 +242,74 @@ TEST_F(TwoRanks, ADataErrorAtTheSendPoisonsTheRecv) {
   });
 }
 
+// Ranks may have sent more or less when the flag comes; their numbers must agree afterwards.
+TEST_F(TwoRanks, ARaiseInAHalfWaitsForTheNextExecution) {
+  const Problem p = problem(2);
+  Cluster cluster(p);
+  const std::vector<Outputs> wanted = oracle(p, inputs);
+  std::vector<Inputs> bad = inputs;
+  bad[1].indices[0] = 77;
+  cluster.each([&](int rank) {
+    Member& member = cluster[rank];
+    for (int64_t run = 1; run < 40; run += 4) {
+      Outputs out, first, second;
+      EXPECT_FALSE(run_dispatch(p, member, bad[rank], out, {.run = run}));
+      const Site halves{.run = run + 1};
+      const Ticket one = send(p, member, inputs[rank], first, halves);
+      if (rank == 1) {
+        EXPECT_FALSE(receive(p, member, inputs[rank], first, one, halves));
+      }
+      const Ticket two = send(p, member, inputs[rank], second, halves);
+      if (rank == 0) {
+        EXPECT_FALSE(receive(p, member, inputs[rank], first, one, halves));
+      }
+      EXPECT_FALSE(receive(p, member, inputs[rank], second, two, halves));
+      EXPECT_EQ(second.ok, 1);
+      for (int i = 0; i < 2; ++i) {
+        const auto error = run_dispatch(p, member, inputs[rank], out, {.run = run + 2});
+        ASSERT_TRUE(error);
+        EXPECT_EQ(error->kind(), ErrorKind::kRouting);
+      }
+      EXPECT_TRUE(member.group.take_data_error());
+      const auto error = run_step(p, member, inputs[rank], out, {.run = run + 3, .split = run % 8 == 1});
+      ASSERT_FALSE(error) << error->what();
+      expect_equal(out, wanted[rank], "run " + std::to_string(run));
+    }
+  });
+}
+
+TEST_F(TwoRanks, AnExceptionBetweenTheHalvesOfACallIsTheGroupsEnd) {
+  const Problem p = problem(1);
+  Cluster cluster(p);
+  cluster.each([&](int rank) {
+    Outputs out;
+    if (rank == 1) {
+      const Call call = make_call(cluster[1], Kind::kDispatch, 6, {});
+      const Exchange given_up(call.group, call.site, 0, call.run);
+      return;
+    }
+    EXPECT_FALSE(run_dispatch(p, cluster[0], inputs[0], out));
+    EXPECT_EQ(out.ok, 0);
+    EXPECT_NE(std::string(cluster[0].group.failure()->what()).find("given up"), std::string::npos);
+  });
+}
+
+TEST_F(TwoRanks, ARouteOfAFailedDispatchIsADataError) {
+  const Problem p = problem(1);
+  Cluster cluster(p);
+  cluster.each([&](int rank) {
+    Outputs out;
+    EXPECT_FALSE(run_dispatch(p, cluster[rank], inputs[rank], out, {.run = 1}));
+    out.y = out.tokens;
+    if (rank == 1) out.ok = 0;
+    EXPECT_FALSE(run_combine(p, cluster[rank], inputs[rank], out, {.run = 2}));
+    const auto error = cluster[rank].group.take_data_error();
+    ASSERT_TRUE(error);
+    const std::string expected = rank == 1 ? "is of a dispatch that failed" : "rank 1";
+    EXPECT_NE(std::string(error->what()).find(expected), std::string::npos) << error->what();
+  });
+}
+
 TEST_F(TwoRanks, APeerThatDiesBetweenTheHalvesIsNamed) {
   const Problem p = problem(2);
   Cluster cluster(p);
