@@ -10,7 +10,10 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config as _config  # no public way to trace a part without replication checks
-from jax._src import distributed  # the coordination service has no public accessor
+from jax._src import (
+    distributed,  # the coordination service has no public accessor
+    xla_bridge,  # nothing public tells whether a backend has started
+)
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 
@@ -123,3 +126,8 @@ def lift_closure(
         return jax.tree.unflatten(tree, run(*jax.tree.leaves(args)))
 
     return lifted, tuple(closed.consts)
+
+
+def backends_started() -> bool:
+    """Whether JAX has initialised a backend; until then no program can have run."""
+    return bool(xla_bridge.backends_are_initialized())

@@ -280,7 +280,10 @@ class Membership:
         if os.getpid() != self._process:  # at a forked child's exit; nothing of it is ours to close
             return
         # Before the lock is taken: a program under way may need it, to connect.
-        if self._members and not any(member.failure() for member in self._members.values()):
+        # It may not have come to that yet, so that no members doesn't mean no program. Where no backend has
+        # started none runs, and looking for arrays would start one.
+        failed = any(member.failure() for member in self._members.values())
+        if not self._closed and not failed and compat.backends_started():
             self._drain()
         with self._connect_lock:
             if self._closed:
