@@ -43,7 +43,7 @@ class Runner {
 
   const Inputs& in(int part) const { return inputs_[part][member_.shape.rank]; }
   Call call(int part, bool is_dispatch) {
-    return make_call(member_, is_dispatch ? Kind::kDispatch : Kind::kCombine, in(part).tokens, {});
+    return make_call(member_, is_dispatch ? Kind::kDispatch : Kind::kCombine, in(part).tokens, kSite);
   }
 
   void send(int part) {
@@ -166,7 +166,7 @@ TEST_F(TwoRanks, ATransposedRecvOfNothingIsZero) {
   Outputs out;
   Arguments args(p, cluster[0], inputs[0], out);
   out.home.assign(6 * 2, -1);
-  const auto call = [&](Kind kind) { return make_call(cluster[0], kind, 6, {}); };
+  const auto call = [&](Kind kind) { return make_call(cluster[0], kind, 6, kSite); };
   EXPECT_FALSE(dispatch_transpose_recv(call(Kind::kDispatchTranspose), args.dispatch_transpose_recv(), 0));
   EXPECT_TRUE(out.d_x == Tensor(p.dtype, 6 * p.hidden));
   EXPECT_EQ(out.d_weights, std::vector<float>(6 * 2, 0.0F));
@@ -284,7 +284,7 @@ TEST_F(TwoRanks, AnExceptionBetweenTheHalvesOfACallIsTheGroupsEnd) {
   cluster.each([&](int rank) {
     Outputs out;
     if (rank == 1) {
-      const Call call = make_call(cluster[1], Kind::kDispatch, 6, {});
+      const Call call = make_call(cluster[1], Kind::kDispatch, 6, kSite);
       const Exchange given_up(call.group, call.site, 0, call.run);
       return;
     }

@@ -184,6 +184,8 @@ struct Site {
   int64_t run = 1;
   bool split = false;  // send and recv apart
 };
+// A Call refers to its site's name: this one outlives all.
+inline const Site kSite;
 
 inline Call make_call(Member& member, Kind kind, int tokens, const Site& site) {
   const MoeShape& shape = member.shape;
