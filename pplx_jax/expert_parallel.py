@@ -270,11 +270,12 @@ class ExpertParallel:
         after: Any = None,
         name: str = "",
     ) -> SentDispatch:
-        """The first half of ``dispatch``: posts the tokens and waits for nobody, so that what runs between
-        it and ``dispatch_recv`` (shared experts, another micro-batch) overlaps with the network.
+        """The first half of ``dispatch``: posts the tokens, so that what runs between it and ``dispatch_recv``
+        (shared experts, another micro-batch) overlaps with the network. It waits for no message; but while a
+        recv of the group waits on this device, a send waits for that.
 
-        At most the config's ``depth`` exchanges may be between send and recv. They are received in the order
-        in which they were sent, in the same execution of the same program, each exactly once; the result may
+        At most the config's ``depth`` exchanges may be under way, counted from the oldest one that is not yet
+        received. Each is received exactly once, in the same execution of the same program; the result may
         cross a ``jax.lax.scan`` as carry. Differentiable: the derivative of a recv is a send, so under grad
         the recvs of independent exchanges need an order too: give ``after=`` to them as well.
 

@@ -1,4 +1,4 @@
-"""The exchanges' halves: a send posts messages and never waits for peers, its recv waits.
+"""The exchanges' halves: a send posts messages, its recv waits for everybody's.
 
 What a send hands to its recv is a ticket, four float32. Being a float it has a cotangent, and that is the
 ticket of the transposed exchange: the derivative of a recv is a send, the derivative of a send the recv for

@@ -31,7 +31,7 @@ struct Route {
   int64_t rows;           // M
 };
 
-// Each exchange has a sending half, which never waits for peers, and a receiving half.
+// Each exchange has a sending half, which waits for no message of its own, and a receiving half.
 
 struct DispatchSend {
   const void* x;           // [T, H], quantised already where scales is given
