@@ -270,9 +270,9 @@ class ExpertParallel:
         after: Any = None,
         name: str = "",
     ) -> SentDispatch:
-        """The first half of ``dispatch``: posts the tokens, so that what runs between it and ``dispatch_recv``
-        (shared experts, another micro-batch) overlaps with the network. It waits for no message; but while a
-        recv of the group waits on this device, a send waits for that.
+        """The first half of ``dispatch``: posts the tokens, so that what runs between it and
+        ``dispatch_recv`` (shared experts, another micro-batch) overlaps with the network. It waits for no
+        message; but while a recv of the group waits on this device, a send waits for that.
 
         At most the config's ``depth`` exchanges may be under way, counted from the oldest one that is not yet
         received. Each is received exactly once, in the same execution of the same program; the result may
