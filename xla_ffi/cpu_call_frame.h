@@ -201,5 +201,11 @@ struct TokenBuffers {
       .Ctx<ffi::DeviceOrdinal>()
 
 #define PPLX_ROUTE() Arg<Int>().Arg<Int>().Arg<Int>().Arg<Int>().Arg<Int>()
+// TokenBuffers: x, indices, weights, num_tokens, expert_map and the rest.
+#define PPLX_TOKENS() \
+  Attr<bool>("scaled").Arg<Any>().Arg<Int>().Arg<F32>().Arg<Int>().Arg<Int>().RemainingArgs()
+// Of DispatchedBuffers: tokens to route.ok, and from route.source_slots on; route.home goes between.
+#define PPLX_DISPATCHED() Ret<Any>().Ret<F32>().Ret<Int>().Ret<Int>().Ret<Int>().Ret<Int>()
+#define PPLX_RECEIVED() Ret<Int>().Ret<Int>().Ret<Int>().Ret<F32>().RemainingRets()
 
 }  // namespace pplx::moe

@@ -95,26 +95,7 @@ ffi::Error dispatch_transpose_impl(int64_t group, int64_t tag, std::string_view 
 }
 
 XLA_FFI_DEFINE_HANDLER(kDispatchHandler, dispatch_impl,
-                       PPLX_EXCHANGE()
-                           .Attr<bool>("scaled")
-                           .Arg<Any>()
-                           .Arg<Int>()
-                           .Arg<F32>()
-                           .Arg<Int>()
-                           .Arg<Int>()
-                           .RemainingArgs()
-                           .Ret<Any>()
-                           .Ret<F32>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<F32>()
-                           .RemainingRets());
+                       PPLX_EXCHANGE().PPLX_TOKENS().PPLX_DISPATCHED().Ret<Int>().PPLX_RECEIVED());
 
 XLA_FFI_DEFINE_HANDLER(kCombineHandler, combine_impl,
                        PPLX_EXCHANGE()
