@@ -17,6 +17,15 @@ void write_ticket(const F32& buffer, Ticket ticket) {
   }
 }
 
+// Runs `send(number)` and hands the number on.
+template <typename Send>
+std::optional<Error> with_ticket(const F32& buffer, Send&& send) {
+  Ticket number = 0;
+  auto error = send(number);
+  write_ticket(buffer, number);
+  return error;
+}
+
 Ticket read_ticket(const F32& buffer) {
   require_count(buffer, kDigits, "ticket");
   Ticket ticket = 0;
@@ -36,10 +45,8 @@ ffi::Error dispatch_send_impl(int64_t group, int64_t tag, std::string_view site,
                               Int expert_map, ffi::RemainingArgs rest, Out<F32> ticket, Out<Int> home) {
   const TokenBuffers in{x, indices, weights, num_tokens, expert_map, rest, scaled};
   return run(Kind::kDispatch, {group, tag, site, run_id, device}, x.dimensions()[0], [&](const Call& call) {
-    Ticket number = 0;
-    auto error = dispatch_send(call, in.view(call.shape, *home), number);
-    write_ticket(*ticket, number);
-    return error;
+    return with_ticket(
+        *ticket, [&](Ticket& number) { return dispatch_send(call, in.view(call.shape, *home), number); });
   });
 }
 
@@ -66,14 +73,13 @@ ffi::Error combine_send_impl(int64_t group, int64_t tag, std::string_view site, 
     require_rows(y, call.shape, rows, "y");
     require_count(row_weights, rows, "row weights");
     const RouteBuffers route{home, source_slots, slot_start, slot_rows, ok};
-    Ticket number = 0;
-    auto error = combine_send(call,
-                              {.y = y.untyped_data(),
-                               .row_weights = weighted ? row_weights.typed_data() : nullptr,
-                               .route = route.view(call.shape, rows)},
-                              number);
-    write_ticket(*ticket, number);
-    return error;
+    return with_ticket(*ticket, [&](Ticket& number) {
+      return combine_send(call,
+                          {.y = y.untyped_data(),
+                           .row_weights = weighted ? row_weights.typed_data() : nullptr,
+                           .route = route.view(call.shape, rows)},
+                          number);
+    });
   });
 }
 
@@ -102,11 +108,10 @@ ffi::Error combine_transpose_send_impl(int64_t group, int64_t tag, std::string_v
   return run(Kind::kCombineTranspose, {group, tag, site, run_id, device}, count, [&](const Call& call) {
     require_rows(d_out, call.shape, count, "cotangent");
     const RouteBuffers route{home, source_slots, slot_start, slot_rows, ok};
-    Ticket number = 0;
-    auto error = combine_transpose_send(
-        call, {.d_out = d_out.untyped_data(), .route = route.view(call.shape, rows)}, number);
-    write_ticket(*ticket, number);
-    return error;
+    return with_ticket(*ticket, [&](Ticket& number) {
+      return combine_transpose_send(
+          call, {.d_out = d_out.untyped_data(), .route = route.view(call.shape, rows)}, number);
+    });
   });
 }
 
@@ -145,14 +150,13 @@ ffi::Error dispatch_transpose_send_impl(int64_t group, int64_t tag, std::string_
     require_rows(d_tokens, call.shape, rows, "cotangent of tokens");
     require_count(d_row_weights, rows, "cotangent of weights");
     const RouteBuffers route{home, source_slots, slot_start, slot_rows, ok};
-    Ticket number = 0;
-    auto error = dispatch_transpose_send(call,
-                                         {.d_tokens = d_tokens.untyped_data(),
-                                          .d_row_weights = d_row_weights.typed_data(),
-                                          .route = route.view(call.shape, rows)},
-                                         number);
-    write_ticket(*ticket, number);
-    return error;
+    return with_ticket(*ticket, [&](Ticket& number) {
+      return dispatch_transpose_send(call,
+                                     {.d_tokens = d_tokens.untyped_data(),
+                                      .d_row_weights = d_row_weights.typed_data(),
+                                      .route = route.view(call.shape, rows)},
+                                     number);
+    });
   });
 }
 
@@ -172,33 +176,11 @@ ffi::Error dispatch_transpose_recv_impl(int64_t group, int64_t tag, std::string_
 }
 
 XLA_FFI_DEFINE_HANDLER(kDispatchSend, dispatch_send_impl,
-                       PPLX_EXCHANGE()
-                           .Attr<bool>("scaled")
-                           .Arg<Any>()
-                           .Arg<Int>()
-                           .Arg<F32>()
-                           .Arg<Int>()
-                           .Arg<Int>()
-                           .RemainingArgs()
-                           .Ret<F32>()
-                           .Ret<Int>());
+                       PPLX_EXCHANGE().PPLX_TOKENS().Ret<F32>().Ret<Int>());
 
-XLA_FFI_DEFINE_HANDLER(kDispatchRecv, dispatch_recv_impl,
-                       PPLX_EXCHANGE()
-                           .Arg<F32>()
-                           .Arg<Int>()
-                           .RemainingArgs()
-                           .Ret<Any>()
-                           .Ret<F32>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<Int>()
-                           .Ret<F32>()
-                           .RemainingRets());
+XLA_FFI_DEFINE_HANDLER(
+    kDispatchRecv, dispatch_recv_impl,
+    PPLX_EXCHANGE().Arg<F32>().Arg<Int>().RemainingArgs().PPLX_DISPATCHED().PPLX_RECEIVED());
 
 XLA_FFI_DEFINE_HANDLER(
     kCombineSend, combine_send_impl,
