@@ -60,8 +60,6 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, 
   number_ = parked->first;
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
   first_call_ = parked->second.first_call;
-  raise_ = parked->second.raise;
-  raise_culprit_ = parked->second.raise_culprit;
   *poisoned = parked->second.poisoned;
   resumed_ = unfinished_ = true;
   group.parked_.erase(parked);
@@ -72,9 +70,7 @@ uint64_t Exchange::park(bool poisoned) {
                                                         .tag = site_.tag,
                                                         .run = group_.current_run_,
                                                         .first_call = first_call_,
-                                                        .poisoned = poisoned,
-                                                        .raise = raise_,
-                                                        .raise_culprit = raise_culprit_});
+                                                        .poisoned = poisoned});
   unfinished_ = false;
   note_sent();
   return number_ + 1;

@@ -125,8 +125,6 @@ class ExchangeGroup {
     uint64_t tag;
     int64_t run;
     bool first_call, poisoned;
-    uint8_t raise;
-    uint32_t raise_culprit;
   };
 
   enum NoticeSlot : size_t { kFailedSlot = 0, kClosedSlot = 1 };
