@@ -186,7 +186,7 @@ struct TokenBuffers {
             .scales = scales,
             .indices = indices.typed_data(),
             .weights = weights.typed_data(),
-            .num_tokens = *num_tokens.typed_data(),
+            .num_tokens = num_tokens.typed_data(),
             .expert_map = expert_map.typed_data(),
             .home = home.typed_data()};
   }

@@ -35,7 +35,7 @@ class ExpertTable {
 // Fills `home`; returns what is wrong with the indices, if anything.
 std::optional<std::string> find_homes(const MoeShape& shape, const DispatchSend& args, int32_t tokens) {
   const ExpertTable table(shape, args.expert_map);
-  const int32_t num_tokens = args.num_tokens;
+  const int32_t num_tokens = *args.num_tokens;
   if (num_tokens < 0 || num_tokens > tokens) {
     return "num_tokens is " + std::to_string(num_tokens) + ", allowed are 0.." + std::to_string(tokens);
   }

@@ -232,7 +232,7 @@ class Arguments {
             .scales = in_.given ? given_.scales.data() : nullptr,
             .indices = in_.indices.data(),
             .weights = in_.weights.data(),
-            .num_tokens = in_.num_tokens,
+            .num_tokens = &in_.num_tokens,
             .expert_map = map_.data(),
             .home = out_.home.data()};
   }
