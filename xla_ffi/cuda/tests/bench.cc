@@ -1,13 +1,14 @@
-// Times the kernels alone, without JAX: a CUDA graph of many exchanges a device, new routing in each, replayed.
+// Times the kernels alone, without JAX: a CUDA graph of many exchanges a device, new routing in each,
+// replayed.
 //
 //   pplx_cuda_bench [--tokens 128,4096] [--quant none|fp8|fp8_ue8m0] [--dtype bf16|f16|f32] [--sms 8,16,24]
 //                   [--hidden 7168] [--experts 256] [--topk 8] [--ranks 2] [--chunk 0] [--depth 1]
 //                   [--iterations 20] [--replays 30] [--one-gpu]
 //
 // A line a configuration: median over replays of the slowest rank's time an exchange. Without --tokens and
-// --quant: decode (128 tokens, fp8 there, bf16 back) and prefill (4096 tokens, bf16). With --one-gpu, or where
-// there is only one, the ranks are streams of one GPU, which then has to hold all their blocks: those times
-// show what kernels do, not what links do.
+// --quant: decode (128 tokens, fp8 there, bf16 back) and prefill (4096 tokens, bf16). With --one-gpu, or
+// where there is only one, the ranks are streams of one GPU, which then has to hold all their blocks: those
+// times show what kernels do, not what links do.
 #include <algorithm>
 #include <barrier>
 #include <cstdio>
@@ -79,10 +80,9 @@ Options parse(int count, char** arguments) {
     } else if (name == "--quant") {
       for (const std::string& part : split(value)) options.quants.push_back(quant_of(part));
     } else if (name == "--dtype") {
-      if (value != "bf16" && value != "f16" && value != "f32") throw std::invalid_argument("--dtype: " + value);
-      options.dtype = value == "f32"   ? DType::kFloat32
-                      : value == "f16" ? DType::kFloat16
-                                       : DType::kBFloat16;
+      if (value != "bf16" && value != "f16" && value != "f32")
+        throw std::invalid_argument("--dtype: " + value);
+      options.dtype = value == "f32" ? DType::kFloat32 : value == "f16" ? DType::kFloat16 : DType::kBFloat16;
     } else {
       int* const target = name == "--hidden"       ? &options.hidden
                           : name == "--experts"    ? &options.experts
@@ -225,10 +225,14 @@ enum class What { kDispatch, kCombine, kPair };
 class Bench {
  public:
   Bench(const Options& options, const Shape& what, const std::vector<int>& devices, int sms)
-      : options_(options), what_(what), sms_(sms), problem_(problem(options, what)),
+      : options_(options),
+        what_(what),
+        sms_(sms),
+        problem_(problem(options, what)),
         cluster_(problem_, {.num_sms = sms, .devices = devices}) {
     cluster_.each([&](int rank) {
-      loads_.push_back(std::make_unique<Load>(problem_, cluster_[rank].shape(), options.iterations, 1 + rank));
+      loads_.push_back(
+          std::make_unique<Load>(problem_, cluster_[rank].shape(), options.iterations, 1 + rank));
     });
   }
 

@@ -42,8 +42,8 @@ inline RegionLayout region_layout(const MoeShape& shape, int depth) {
 struct ClusterOptions {
   int num_sms = 4;
   uint64_t stall_ns = 20'000 * kMillisecond;
-  std::vector<int> devices = {};                      // of each rank; empty: all on 0
-  std::function<bool(int, int)> direct = {};          // which ranks write each other's memory; empty: all
+  std::vector<int> devices = {};              // of each rank; empty: all on 0
+  std::function<bool(int, int)> direct = {};  // which ranks write each other's memory; empty: all
   std::function<void(MoeShape&)> adjust_shape = {};
 };
 

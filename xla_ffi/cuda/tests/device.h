@@ -54,7 +54,8 @@ class PinnedMemory {
  public:
   explicit PinnedMemory(size_t bytes) {
     void* memory = nullptr;
-    PPLX_MUST(cudaHostAlloc(&memory, std::max<size_t>(bytes, 16), cudaHostAllocPortable | cudaHostAllocMapped));
+    PPLX_MUST(
+        cudaHostAlloc(&memory, std::max<size_t>(bytes, 16), cudaHostAllocPortable | cudaHostAllocMapped));
     memory_.reset(static_cast<std::byte*>(memory));
     std::memset(memory, 0, std::max<size_t>(bytes, 16));
   }
@@ -132,7 +133,8 @@ struct Part {
 };
 
 // Arrays in device memory with their copies on the host, moved all at once or one by one. All starts as
-// garbage, the gaps between arrays included: whatever is left unwritten shows, and so does a write past an end.
+// garbage, the gaps between arrays included: whatever is left unwritten shows, and so does a write past an
+// end.
 class Mirror {
  public:
   static constexpr std::byte kGarbage{0x5a};
@@ -146,8 +148,9 @@ class Mirror {
   void allocate() {
     host_ = std::make_unique<PinnedMemory>(size_);
     device_ = std::make_unique<DeviceMemory>(size_);
-    std::fill_n(host_->as(), size_, kGarbage);
+    fill_garbage();
   }
+  void fill_garbage() const { std::fill_n(host_->as(), size_, kGarbage); }
 
   template <typename T>
   std::span<T> host(const Part& part) const {

@@ -117,7 +117,8 @@ class GpuWindowTest : public ::testing::TestWithParam<int> {};
 
 TEST_P(GpuWindowTest, SeveralSendsBeforeTheirRecvs) {
   const int depth = GetParam();
-  const Problem problem{.ranks = 3, .hidden = 64, .max_tokens = 10, .depth = depth, .dtype = DType::kBFloat16};
+  const Problem problem{
+      .ranks = 3, .hidden = 64, .max_tokens = 10, .depth = depth, .dtype = DType::kBFloat16};
   Cluster cluster(problem);
   std::mt19937_64 rng(depth);
   for (int round = 0; round < 12; ++round) {

@@ -11,9 +11,7 @@ using namespace pplx::moe::testing;
 inline std::vector<Case> gpu_cases() {
   std::vector<Case> all = cases();
   for (Case& c : all) {
-    const int multiple = c.problem.quant != Quant::kNone              ? 16
-                         : c.problem.dtype == DType::kFloat32 ? 4
-                                                              : 8;
+    const int multiple = c.problem.quant != Quant::kNone ? 16 : c.problem.dtype == DType::kFloat32 ? 4 : 8;
     c.problem.hidden = static_cast<int>(round_up(c.problem.hidden, multiple));
   }
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {

@@ -93,9 +93,8 @@ class DeviceStep {
             .route = route()};
   }
   CombineSend combine_send() const {
-    return {.y = at(y),
-            .row_weights = weighted_ ? memory.device<float>(row_weights) : nullptr,
-            .route = route()};
+    return {
+        .y = at(y), .row_weights = weighted_ ? memory.device<float>(row_weights) : nullptr, .route = route()};
   }
   CombineRecv combine_recv() const {
     return {.home = memory.device<int32_t>(home),
@@ -118,9 +117,29 @@ class DeviceStep {
             .route = route()};
   }
   DispatchTransposeRecv dispatch_transpose_recv() const {
-    return {.home = memory.device<int32_t>(home), .d_x = at(d_x), .d_weights = memory.device<float>(d_weights)};
+    return {
+        .home = memory.device<int32_t>(home), .d_x = at(d_x), .d_weights = memory.device<float>(d_weights)};
   }
   float* ticket(Kind kind) const { return memory.device<float>(tickets[static_cast<size_t>(kind)]); }
+
+  // As a failed exchange leaves its results. Of what download() has brought.
+  bool poisoned(Kind kind) const {
+    const Outputs got = outputs();
+    switch (kind) {
+      case Kind::kDispatch: {
+        const auto zero = [](int32_t n) { return n == 0; };
+        return got.ok == 0 && got.num_rows == 0 && got.num_dropped == 0 && all_nan(got.tokens) &&
+               all_nan(got.row_weights) && std::ranges::all_of(got.group_sizes, zero);
+      }
+      case Kind::kCombine:
+        return all_nan(got.out);
+      case Kind::kCombineTranspose:
+        return all_nan(got.d_y) && all_nan(got.d_row_weights);
+      case Kind::kDispatchTranspose:
+        return all_nan(got.d_x) && all_nan(got.d_weights);
+    }
+    return false;
+  }
 
   // The experts' work, on the host: `to` gets `from` times each row's factor. Of what download() has brought.
   void apply(const Part& from, const Part& to) const {
@@ -195,10 +214,10 @@ class DeviceStep {
   int tokens_;
   int64_t rows_;
   bool weighted_ = true, accumulates_ = false, given_ = false;
-  std::vector<const Part*> outputs_ = {&home,       &tokens,      &token_scales, &row_weights, &group_sizes,
-                                       &num_rows,   &num_dropped, &source_slots, &slot_start,  &slot_rows,
-                                       &ok,         &out,         &d_y,          &d_row_weights, &d_x,
-                                       &d_weights,  &tickets[0],  &tickets[1],   &tickets[2],  &tickets[3]};
+  std::vector<const Part*> outputs_ = {&home,      &tokens,      &token_scales, &row_weights,   &group_sizes,
+                                       &num_rows,  &num_dropped, &source_slots, &slot_start,    &slot_rows,
+                                       &ok,        &out,         &d_y,          &d_row_weights, &d_x,
+                                       &d_weights, &tickets[0],  &tickets[1],   &tickets[2],    &tickets[3]};
 };
 
 enum class Half { kBoth, kSend, kRecv };
@@ -247,9 +266,21 @@ class Steps {
  public:
   Steps(Cluster& cluster, const std::vector<Inputs>& inputs) : cluster_(cluster), inputs_(inputs) {
     cluster.each([&](int rank) {
-      steps_.push_back(
-          std::make_unique<DeviceStep>(cluster.problem(), cluster[rank].shape(), inputs[rank]));
+      steps_.push_back(std::make_unique<DeviceStep>(cluster.problem(), cluster[rank].shape(), inputs[rank]));
     });
+    upload();
+  }
+
+  // Other inputs of the same sizes, in the same places.
+  void renew(const std::vector<Inputs>& inputs) {
+    inputs_ = inputs;
+    wanted_.clear();
+    for (int rank = 0; rank < cluster_.size(); ++rank) {
+      DeviceStep& step = *steps_[rank];
+      step.memory.fill_garbage();
+      step.set_inputs(inputs_[rank]);
+      step.memory.set(step.given_d_row_weights, wanted()[rank].d_row_weights.data());
+    }
     upload();
   }
 
@@ -269,8 +300,12 @@ class Steps {
     launch_all(kind, Half::kRecv, place);
   }
 
-  void upload() const { move([](Mirror& memory, cudaStream_t stream) { memory.upload(stream); }); }
-  void download() const { move([](Mirror& memory, cudaStream_t stream) { memory.download(stream); }); }
+  void upload() const {
+    move([](Mirror& memory, cudaStream_t stream) { memory.upload(stream); });
+  }
+  void download() const {
+    move([](Mirror& memory, cudaStream_t stream) { memory.download(stream); });
+  }
   void finish() const {
     cluster_.sync();
     download();
