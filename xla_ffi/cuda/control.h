@@ -13,7 +13,7 @@ namespace pplx::moe::cuda {
 // A row may be cut into this many parts, each moved and announced by a warp of its own.
 inline constexpr int kMaxParts = 8;
 // Tables of experts and ranks lie in shared memory.
-inline constexpr int kMaxExperts = 8192;
+inline constexpr int kMaxExperts = 4096;
 inline constexpr uint32_t kMaxSites = 4096;
 
 // What a kernel can find wrong.
@@ -85,13 +85,13 @@ struct Control {
   std::byte* const* peers;  // [R] each rank's device regions as seen from here; null: reached by proxy
   std::byte* host_regions;  // [lanes][R] of region_bytes, pinned: what comes by proxy; null: nothing does
   std::byte* host_staging;  // [lanes][R] of region_bytes, pinned: what goes by proxy
-  // Scratch of one exchange.
-  uint32_t* ordinals;  // [max_tokens, K] of each choice, among this rank's tokens for the expert
-  int32_t* slots;      // [max_tokens, K] of each choice's token on the choice's rank
+  // Scratch of the exchanges under way.
+  uint32_t* ordinals;  // [lanes, max_tokens, K] of each choice, among this rank's tokens for the expert
+  int32_t* slots;      // [lanes, max_tokens, K] of each choice's token on the choice's rank
   uint32_t* counts;    // [R, experts_per_rank] announced in round 0
   // By kernels.
   uint64_t next;  // number of the next exchange
-  uint32_t finished, packed;  // blocks
+  uint32_t sent_blocks[kMaxLanes], received_blocks[kMaxLanes], packed_blocks[kMaxLanes];
   uint32_t failed;            // Fault of the group
   uint32_t failure_claimed;
   unsigned long long data_errors_claimed;

@@ -1,0 +1,404 @@
+// What goes home: combine and the transpose of dispatch. One reduced row for every slot.
+//
+// Half of a block's warps reduce and send, the others gather at home. What this rank owes itself is reduced
+// where it is gathered.
+#include "xla_ffi/cuda/kernels.h"
+#include "xla_ffi/cuda/launch.cuh"
+#include "xla_ffi/cuda/move.cuh"
+#include "xla_ffi/cuda/slots.cuh"
+
+namespace pplx::moe::cuda {
+namespace {
+
+// Of combine and dispatch's transpose alike.
+struct HomeSend {
+  const void* rows;      // [M, H]
+  const float* weights;  // [M], or null
+  const float* returns;  // [M] numbers that go along, or null
+  Route route;
+};
+struct HomeRecv {
+  const int32_t* home;  // [T, K]
+  const void* start;    // [T, H] added, or null
+  void* out;            // [T, H]
+  float* returned;      // [T, K], or null
+};
+
+// T: the rows' type; W: what they travel home in.
+template <typename T, typename W, int kTopK, bool kSend, bool kRecv>
+struct Home {
+  const Args& args;
+  const MoeShape& shape;
+  const HomeSend& send;
+  const HomeRecv& recv;
+  Exchange& exchange;
+  BlockState& state;
+  const SlotTables& tables;
+  Span share;  // of the round's tokens
+  int32_t* slots = nullptr;
+
+  static constexpr int kHalf = kThreads / 2;
+  static constexpr int kWidth = kVec<T>;
+
+  __device__ void run() {
+    const bool open = state.stop == 0;
+    for (int32_t i = threadIdx.x; i < tables.words; i += kThreads) tables.counts.ranks_before[i] = 0;
+    __syncthreads();
+    // A derivative that nobody asked for: nothing was sent.
+    if (kRecv && !kSend && args.kind == Kind::kDispatchTranspose && state.skip != 0) {
+      clear();
+      exchange.template finish<false, false>([] {});
+      return;
+    }
+    if (open) {
+      slots = args.control->slots + int64_t{exchange.lane()} * shape.max_tokens * shape.top_k;
+      if constexpr (kSend) {
+        if (!read_received(args, send.route, exchange, tables)) {
+          if (threadIdx.x == 0) state.poisoned = 1;
+          for (int32_t s = threadIdx.x; s < shape.num_ranks; s += kThreads) tables.received[s] = 0;
+        }
+        __syncthreads();
+      }
+      const bool sendable = state.poisoned == 0;  // before the receivers judge their own part
+      __syncthreads();
+      const Team senders{0, kRecv ? kHalf : kThreads, 1};
+      const Team receivers{kSend ? kHalf : 0, kSend ? kHalf : kThreads, 2};
+      if (kRecv && receivers.has_me()) {
+        prepare_to_gather(receivers);
+      } else if (kSend && senders.has_me()) {
+        send_rows(senders, !sendable);
+      }
+      if constexpr (kRecv) gather_rows();
+    }
+    exchange.template finish<kSend, kRecv>([&] {
+      if constexpr (kRecv) poison();
+    });
+  }
+
+  // --- expert side ---
+
+  __device__ void send_rows(const Team& team, bool poisoned) {
+    if (team.thread() == 0) {
+      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
+        exchange.announce(rank, tables.received[rank], poisoned);
+      }
+    }
+    // From the next rank on, so that not all write to one; this rank last, if its rows travel at all.
+    const int32_t last = kRecv ? shape.num_ranks - 1 : shape.num_ranks;
+    int32_t unit = team.warp();
+    for (int32_t step = 1; step <= last; ++step) {
+      const int32_t source = (shape.rank + step) % shape.num_ranks;
+      const Span slots_here = cuda::share(tables.received[source]);
+      const int32_t units = slots_here.size() * args.parts;
+      for (; unit < units; unit += team.warps()) {
+        send_row(source, slots_here.begin + unit / args.parts, unit % args.parts);
+      }
+      unit -= units;
+    }
+    if (args.control->host_staging == nullptr) return;
+    team.sync();
+    if (team.thread() == 0) {
+      exchange.submit(poisoned, [&](int32_t rank) { return tables.received[rank]; });
+    }
+  }
+
+  __device__ Span part_of_row(int32_t number) const {
+    const int32_t vecs = static_cast<int32_t>(shape.row_bytes() / 16);
+    return {vecs * number / args.parts, vecs * (number + 1) / args.parts};
+  }
+
+  __device__ void send_row(int32_t source, int32_t slot, int32_t number) {
+    const int32_t row = slot_row(args, send.route, source, slot, exchange);
+    std::byte* out = exchange.outgoing(source) + args.first_slot() + slot * args.stride();
+    const uint32_t rows = __ballot_sync(kAllLanes, row >= 0);
+    const float weight = send.weights != nullptr && row >= 0 ? send.weights[row] : 1.0F;
+    const Span part = part_of_row(number);
+    for (int32_t base = part.begin; base < part.end; base += 2 * kWarp) {
+      float acc[2][kWidth];
+      reduce(rows, row, weight, base, part.end, acc);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t at = base + i * kWarp + lane_id();
+        if (at < part.end) store_values<W>(out + int64_t{at} * kWidth * sizeof(W), acc[i]);
+      }
+    }
+    if (number == 0 && send.returns != nullptr && lane_id() < shape.entries()) {
+      reinterpret_cast<float*>(out + shape.home_stride())[lane_id()] = row >= 0 ? send.returns[row] : 0.0F;
+    }
+    __syncwarp();
+    if (lane_id() == 0) exchange.publish(source, slot, number);
+  }
+
+  // Sums of the rows that the lanes in `lanes` hold, at two vectors of each lane.
+  __device__ void reduce(uint32_t lanes, int32_t row, float weight, int32_t base, int32_t end,
+                         float (&acc)[2][kWidth]) const {
+    constexpr int kAtOnce = 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) acc[i][j] = 0.0F;
+    }
+    const bool weighted = send.weights != nullptr;
+    bool first = true;
+    while (lanes != 0) {
+      uint4 some[kAtOnce][2];
+      float weights[kAtOnce];
+      int count = 0;
+#pragma unroll
+      for (int m = 0; m < kAtOnce; ++m) {
+        if (lanes == 0) continue;
+        const int lane = __ffs(static_cast<int>(lanes)) - 1;
+        lanes &= lanes - 1;
+        ++count;
+        weights[m] = __shfl_sync(kAllLanes, weight, lane);
+        const auto* from = static_cast<const T*>(send.rows) +
+                           int64_t{__shfl_sync(kAllLanes, row, lane)} * shape.hidden;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int32_t at = base + i * kWarp + lane_id();
+          some[m][i] = at < end ? load_vec(from + int64_t{at} * kWidth) : uint4{0, 0, 0, 0};
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kAtOnce; ++m) {
+        if (m >= count) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float values[kWidth];
+          unpack<T>(some[m][i], values);
+          accumulate(acc[i], values, first && m == 0, weighted, weights[m]);
+        }
+      }
+      first = false;
+    }
+  }
+
+  // --- home side ---
+
+  __device__ void prepare_to_gather(const Team& team) {
+    bool usable = number_own_tokens<kTopK>(args, team, share, recv.home, exchange, tables, slots);
+    if (!await_headers(args, team, exchange, tables, usable ? tables.counts.ranks_total : nullptr)) usable = false;
+    if (team.thread() == 0) {
+      // Without own data there is nothing to add up.
+      if (!usable) state.poisoned = 1;
+      __threadfence_block();
+      *const_cast<volatile uint32_t*>(&state.placed) = 1;
+    }
+  }
+
+  __device__ void gather_rows() {
+    if (lane_id() == 0) {
+      while (load_volatile(&state.placed) == 0) {
+      }
+      __threadfence_block();
+    }
+    __syncwarp();
+    if (exchange.stopped() || load_volatile(&state.poisoned) != 0) return;
+    const int32_t units = share.size() * args.parts;
+    for (;;) {
+      int32_t unit = 0;
+      if (lane_id() == 0) unit = atomicAdd(&state.next_unit, 1);
+      unit = __shfl_sync(kAllLanes, unit, 0);
+      if (unit >= units || !gather_row(share.begin + unit / args.parts, unit % args.parts)) return;
+    }
+  }
+
+  // False: stopped.
+  __device__ bool gather_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(shape, recv.home, slots, token);
+    std::byte* out = static_cast<std::byte*>(recv.out) + token * shape.row_bytes();
+    const Span part = part_of_row(number);
+    float* returned = number == 0 && recv.returned != nullptr && lane_id() < shape.top_k
+                          ? recv.returned + int64_t{token} * shape.top_k + lane_id()
+                          : nullptr;
+    if (__ballot_sync(kAllLanes, to.rank >= 0 && tables.poisoned[max(to.rank, 0)] != 0) != 0) {
+      constexpr float kNan = __builtin_nanf("");
+      float nans[kWidth];
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) nans[j] = kNan;
+      for (int32_t at = part.begin + lane_id(); at < part.end; at += kWarp) {
+        store_vec(out + int64_t{at} * 16, pack<T>(nans));
+      }
+      if (returned != nullptr) *returned = kNan;
+      return true;
+    }
+    const bool here = kSend && to.rank == shape.rank;  // reduced in place
+    bool arrived = true;
+    if (to.leads && !here) arrived = exchange.await_slot(to.rank, to.slot, number);
+    if (__ballot_sync(kAllLanes, !arrived) != 0) return false;
+
+    const std::byte* from = nullptr;
+    if (to.rank >= 0 && !here) from = exchange.incoming(to.rank) + args.first_slot() + to.slot * args.stride();
+    // Of this rank's own slot: its rows, an entry a lane.
+    int32_t row = -1;
+    float weight = 1.0F;
+    const uint32_t own = __ballot_sync(kAllLanes, here);
+    if (kSend && own != 0) {
+      const int32_t slot = __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(own)) - 1);
+      row = slot_row(args, send.route, shape.rank, slot, exchange);
+      if (send.weights != nullptr && row >= 0) weight = send.weights[row];
+    }
+    if (number == 0 && recv.returned != nullptr) {
+      const int entry = to.entry();
+      const int32_t own_row = __shfl_sync(kAllLanes, row, entry);
+      if (returned != nullptr) {
+        *returned = to.rank < 0 || entry >= shape.entries() ? 0.0F
+                    : !here ? __ldcg(reinterpret_cast<const float*>(from + shape.home_stride()) + entry)
+                    : kSend && own_row >= 0 ? send.returns[own_row]
+                                            : 0.0F;
+      }
+    }
+    const uint32_t own_rows = __ballot_sync(kAllLanes, row >= 0);
+    const int32_t first_choice = __shfl_sync(kAllLanes, to.expert, 0);
+    const std::byte* start = recv.start == nullptr || first_choice == kPastEnd
+                                 ? nullptr
+                                 : static_cast<const std::byte*>(recv.start) + token * shape.row_bytes();
+    for (int32_t base = part.begin; base < part.end; base += 2 * kWarp) {
+      add_up(to, from, own_rows, row, weight, start, base, part.end, out);
+    }
+    return true;
+  }
+
+  // Two vectors of each lane: what is given, then every rank's sum, ranks ascending.
+  __device__ void add_up(const Destinations& to, const std::byte* from, uint32_t own_rows, int32_t row,
+                         float weight, const std::byte* start, int32_t base, int32_t end, std::byte* out) const {
+    float acc[2][kWidth];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t at = base + i * kWarp + lane_id();
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) acc[i][j] = 0.0F;
+      if (start != nullptr && at < end) load_values<T, false>(start + int64_t{at} * 16, acc[i]);
+    }
+    bool first = start == nullptr;
+    for (uint32_t left = to.leaders; left != 0;) {
+      const bool waits = (left >> lane_id() & 1U) != 0;
+      const uint32_t rank = __reduce_min_sync(kAllLanes, waits ? static_cast<uint32_t>(to.rank) : ~0U);
+      const uint32_t chosen = __ballot_sync(kAllLanes, waits && static_cast<uint32_t>(to.rank) == rank);
+      left &= ~chosen;
+      const int lane = __ffs(static_cast<int>(chosen)) - 1;
+      float sums[2][kWidth];
+      if (kSend && rank == static_cast<uint32_t>(shape.rank)) {
+        if constexpr (kSend) reduce(own_rows, row, weight, base, end, sums);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) sums[i][j] = to_float(from_float<W>(sums[i][j]));
+        }
+      } else {
+        const auto* partial = reinterpret_cast<const std::byte*>(
+            __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), lane));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int32_t at = base + i * kWarp + lane_id();
+          if (at < end) load_values<W, true>(partial + int64_t{at} * kWidth * sizeof(W), sums[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) accumulate(acc[i], sums[i], first, false, 1.0F);
+      first = false;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t at = base + i * kWarp + lane_id();
+      if (at < end) store_vec(out + int64_t{at} * 16, pack<T>(acc[i]));
+    }
+  }
+
+  __device__ void poison() {
+    fill_nan(recv.out, int64_t{args.tokens} * shape.hidden, shape.dtype);
+    if (recv.returned != nullptr) fill_nan(recv.returned, int64_t{args.tokens} * shape.top_k, DType::kFloat32);
+  }
+
+  __device__ void clear() {
+    const int64_t vecs = args.tokens * shape.row_bytes() / 16, numbers = int64_t{args.tokens} * shape.top_k;
+    const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, threads = int64_t{gridDim.x} * kThreads;
+    for (int64_t i = thread; i < vecs; i += threads) static_cast<uint4*>(recv.out)[i] = {0, 0, 0, 0};
+    for (int64_t i = thread; i < numbers; i += threads) recv.returned[i] = 0.0F;
+  }
+};
+
+template <typename T, typename W, int kTopK, bool kSend, bool kRecv>
+__global__ void __launch_bounds__(kThreads, 1)
+    home_kernel(const __grid_constant__ Args args, const __grid_constant__ HomeSend send,
+                const __grid_constant__ HomeRecv recv) {
+  extern __shared__ int64_t memory[];
+  __shared__ BlockState state;
+  const SlotTables tables(args.shape, reinterpret_cast<int32_t*>(memory));
+  Exchange exchange(args, state);
+  exchange.begin<kSend>();
+  Home<T, W, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
+                                  exchange, state,      tables, share(args.length(), args.begin())}
+      .run();
+}
+
+size_t table_bytes(const MoeShape& shape) {
+  return sizeof(int32_t) * static_cast<size_t>(SlotTables(shape, nullptr).words);
+}
+
+template <bool kSend, bool kRecv, typename Visit>
+auto with_kernel(const MoeShape& shape, Visit&& visit) {
+  return with_row_type(shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto with_top_k = [&](auto* wide) {
+      using W = std::remove_pointer_t<decltype(wide)>;
+      return shape.top_k <= 8 ? visit(&home_kernel<T, W, 8, kSend, kRecv>)
+                              : visit(&home_kernel<T, W, 16, kSend, kRecv>);
+    };
+    return shape.home_dtype == shape.dtype ? with_top_k(type) : with_top_k(static_cast<float*>(nullptr));
+  });
+}
+
+template <bool kSend, bool kRecv>
+cudaError_t enqueue(const KernelCall& call, const HomeSend& send, const HomeRecv& recv, float* ticket_out,
+                    const float* ticket_in) {
+  return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
+    return launch_rounds(call, ticket_out, ticket_in, false, [&](const Args& args) {
+      return launch(kernel, call, table_bytes(call.shape), args, send, recv);
+    });
+  });
+}
+
+HomeSend home_send(const CombineSend& send) { return {send.y, send.row_weights, nullptr, send.route}; }
+HomeSend home_send(const DispatchTransposeSend& send) {
+  return {send.d_tokens, nullptr, send.d_row_weights, send.route};
+}
+HomeRecv home_recv(const CombineRecv& recv) { return {recv.home, recv.accumulate, recv.out, nullptr}; }
+HomeRecv home_recv(const DispatchTransposeRecv& recv) {
+  return {recv.home, nullptr, recv.d_x, recv.d_weights};
+}
+
+}  // namespace
+
+cudaError_t combine(const KernelCall& call, const CombineSend& send, const CombineRecv& recv) {
+  return enqueue<true, true>(call, home_send(send), home_recv(recv), nullptr, nullptr);
+}
+cudaError_t combine_send(const KernelCall& call, const CombineSend& send, float* ticket) {
+  return enqueue<true, false>(call, home_send(send), {}, ticket, nullptr);
+}
+cudaError_t combine_recv(const KernelCall& call, const CombineRecv& recv, const float* ticket) {
+  return enqueue<false, true>(call, {}, home_recv(recv), nullptr, ticket);
+}
+
+cudaError_t dispatch_transpose(const KernelCall& call, const DispatchTransposeSend& send,
+                               const DispatchTransposeRecv& recv) {
+  return enqueue<true, true>(call, home_send(send), home_recv(recv), nullptr, nullptr);
+}
+cudaError_t dispatch_transpose_send(const KernelCall& call, const DispatchTransposeSend& send,
+                                    float* ticket) {
+  return enqueue<true, false>(call, home_send(send), {}, ticket, nullptr);
+}
+cudaError_t dispatch_transpose_recv(const KernelCall& call, const DispatchTransposeRecv& recv,
+                                    const float* ticket) {
+  return enqueue<false, true>(call, {}, home_recv(recv), nullptr, ticket);
+}
+
+cudaError_t load_combine(const MoeShape& shape, int* num_sms) {
+  const auto load = [&](auto* kernel) { return load_kernel(kernel, table_bytes(shape), num_sms); };
+  cudaError_t error = with_kernel<true, true>(shape, load);
+  if (error == cudaSuccess) error = with_kernel<true, false>(shape, load);
+  if (error == cudaSuccess) error = with_kernel<false, true>(shape, load);
+  return error;
+}
+
+}  // namespace pplx::moe::cuda

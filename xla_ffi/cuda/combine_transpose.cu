@@ -1,0 +1,297 @@
+// The transpose of combine: the cotangent of a combined token, out to every rank that has rows of it.
+#include "xla_ffi/cuda/kernels.h"
+#include "xla_ffi/cuda/launch.cuh"
+#include "xla_ffi/cuda/move.cuh"
+#include "xla_ffi/cuda/slots.cuh"
+
+namespace pplx::moe::cuda {
+namespace {
+
+// Rows that no slot writes lie between those that some do.
+bool has_holes(const MoeShape& shape) { return shape.alignment > 1 || shape.drop || shape.padded; }
+
+template <typename T, int kTopK, bool kSend, bool kRecv>
+struct Cotangents {
+  const Args& args;
+  const MoeShape& shape;
+  const CombineTransposeSend& send;
+  const CombineTransposeRecv& recv;
+  Exchange& exchange;
+  BlockState& state;
+  const SlotTables& tables;
+  bool clears_tail;
+  Span share;  // of the round's tokens
+  int32_t* slots = nullptr;
+
+  static constexpr int kHalf = kThreads / 2;
+
+  __device__ const Route& route() const { return kSend ? send.route : recv.route; }
+
+  __device__ void run() {
+    const bool open = state.stop == 0;
+    for (int32_t i = threadIdx.x; i < tables.words; i += kThreads) tables.counts.ranks_before[i] = 0;
+    __syncthreads();
+    if (open) {
+      slots = args.control->slots + int64_t{exchange.lane()} * shape.max_tokens * shape.top_k;
+      const Team everybody{0, kThreads, 0};
+      bool usable = read_received(args, route(), exchange, tables);
+      if constexpr (kSend) {
+        if (usable) {
+          usable = number_own_tokens<kTopK>(args, everybody, share, send.route.home, exchange, tables, slots);
+        }
+      }
+      if (threadIdx.x == 0 && !usable) state.poisoned = 1;
+      __syncthreads();
+      const bool poisoned = state.poisoned != 0;
+      __syncthreads();
+      const Team senders{0, kRecv ? kHalf : kThreads, 1};
+      const Team receivers{kSend ? kHalf : 0, kSend ? kHalf : kThreads, 2};
+      if (kRecv && receivers.has_me()) {
+        await_headers(args, receivers, exchange, tables, poisoned ? nullptr : tables.received);
+        if (receivers.thread() == 0) {
+          __threadfence_block();
+          *const_cast<volatile uint32_t*>(&state.placed) = 1;
+        }
+      } else if (kSend && senders.has_me()) {
+        send_rows(senders, poisoned);
+      }
+      if constexpr (kRecv) {
+        if (!poisoned) receive_rows();
+      }
+    }
+    exchange.template finish<kSend, kRecv>([&] {
+      if constexpr (kRecv) {
+        fill_nan(recv.d_y, recv.route.rows * shape.hidden, shape.dtype);
+        fill_nan(recv.d_row_weights, recv.route.rows, DType::kFloat32);
+      }
+    });
+  }
+
+  // --- home side ---
+
+  __device__ void send_rows(const Team& team, bool poisoned) {
+    const auto total = [&](int32_t rank) { return poisoned ? 0 : tables.counts.ranks_total[rank]; };
+    if (team.thread() == 0) {
+      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
+        exchange.announce(rank, total(rank), poisoned);
+      }
+    }
+    const int32_t units = poisoned ? 0 : share.size() * args.parts;
+    for (int32_t unit = team.warp(); unit < units; unit += team.warps()) {
+      send_row(share.begin + unit / args.parts, unit % args.parts);
+    }
+    if (args.control->host_staging == nullptr) return;
+    team.sync();
+    if (team.thread() == 0) exchange.submit(poisoned, total);
+  }
+
+  __device__ Part part_of_row(int32_t number) const {
+    const int32_t vecs = static_cast<int32_t>(shape.row_bytes() / 16);
+    return {vecs * number / args.parts * 16, vecs * (number + 1) / args.parts * 16, 0, 0};
+  }
+
+  __device__ void send_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(shape, send.route.home, slots, token);
+    const bool away = to.leads && (!kRecv || to.rank != shape.rank);
+    Places places{__ballot_sync(kAllLanes, away), nullptr, nullptr};
+    if (places.lanes == 0) return;
+    if (away) places.row = exchange.outgoing(to.rank) + args.first_slot() + to.slot * args.stride();
+    copy_bytes<false>(own_row(token), part_of_row(number), places);
+    __syncwarp();
+    if (away) exchange.publish(to.rank, to.slot, number);
+  }
+
+  __device__ const std::byte* own_row(int32_t token) const {
+    return static_cast<const std::byte*>(send.d_out) + token * shape.row_bytes();
+  }
+
+  // --- expert side ---
+
+  // By every warp: own tokens, then the tail, then the other sources', from the next rank on.
+  __device__ void receive_rows() {
+    if (lane_id() == 0) {
+      while (load_volatile(&state.placed) == 0) {
+      }
+      __threadfence_block();
+    }
+    __syncwarp();
+    if (exchange.stopped()) return;
+    const Span zeros = tail();
+    const auto size = [&](int32_t step) {
+      if (step == 1) return zeros.size();
+      const int32_t source = step == 0 ? shape.rank : (shape.rank + step - 1) % shape.num_ranks;
+      return (step == 0 && kSend ? share : cuda::share(tables.announced[source])).size() * args.parts;
+    };
+    int32_t before = 0, step = 0, here = size(0);
+    for (;;) {
+      int32_t unit = 0;
+      if (lane_id() == 0) unit = atomicAdd(&state.next_unit, 1);
+      unit = __shfl_sync(kAllLanes, unit, 0);
+      while (unit >= before + here) {
+        before += here;
+        if (++step > shape.num_ranks) return;
+        here = size(step);
+      }
+      const int32_t at = (unit - before) / args.parts, part = (unit - before) % args.parts;
+      if (step == 1) {
+        clear_bytes(static_cast<std::byte*>(recv.d_y) + (zeros.begin + unit - before) * shape.row_bytes(),
+                    shape.row_bytes());
+      } else if (step == 0 && kSend) {
+        keep_row(share.begin + at, part);
+      } else {
+        const int32_t source = step == 0 ? shape.rank : (shape.rank + step - 1) % shape.num_ranks;
+        if (!receive_row(source, cuda::share(tables.announced[source]).begin + at, part)) return;
+      }
+    }
+  }
+
+  __device__ Span tail() const {
+    if (!clears_tail || args.round != 0) return {0, 0};
+    int64_t end = 0;
+    for (int32_t e = lane_id(); e < shape.experts_per_rank; e += kWarp) end += recv.group_sizes[e];
+    end = min(max(warp_sum(end), int64_t{0}), recv.route.rows);
+    return cuda::share(static_cast<int32_t>(recv.route.rows - end), static_cast<int32_t>(end));
+  }
+
+  __device__ void keep_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(shape, send.route.home, slots, token);
+    const uint32_t here = __ballot_sync(kAllLanes, to.rank == shape.rank);
+    if (here == 0) return;
+    const int32_t slot = __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(here)) - 1);
+    spread<false>(own_row(token), slot_row(args, recv.route, shape.rank, slot, exchange), number);
+  }
+
+  // False: stopped.
+  __device__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
+    bool here = true;
+    if (lane_id() == 0) here = exchange.await_slot(source, slot, number);
+    if (!__shfl_sync(kAllLanes, here, 0)) return false;
+    spread<true>(exchange.incoming(source) + args.first_slot() + slot * args.stride(),
+                 slot_row(args, recv.route, source, slot, exchange), number);
+    return true;
+  }
+
+  // A cotangent to the rows that the lanes hold.
+  template <bool kShared>
+  __device__ void spread(const std::byte* from, int32_t row, int32_t number) {
+    constexpr int kWidth = kVec<T>;
+    const Part part = part_of_row(number);
+    uint32_t rows = __ballot_sync(kAllLanes, row >= 0);
+    if (recv.y == nullptr) {
+      copy_bytes<kShared>(from, part,
+                          {rows, static_cast<std::byte*>(recv.d_y) + row * shape.row_bytes(), nullptr});
+      return;
+    }
+    for (; rows != 0; rows &= rows - 1) {
+      const int64_t to = __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(rows)) - 1);
+      const float weight = recv.row_weights[to];
+      const auto* y = static_cast<const std::byte*>(recv.y) + to * shape.row_bytes();
+      auto* d_y = static_cast<std::byte*>(recv.d_y) + to * shape.row_bytes();
+      // A lane's own terms in order, then the lanes' sums pairwise: the order never changes.
+      float dot = 0.0F;
+      for (int32_t base = part.begin; base < part.end; base += 4 * kWarp * 16) {
+        uint4 some[4], others[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int32_t at = base + (i * kWarp + lane_id()) * 16;
+          if (at >= part.end) continue;
+          some[i] = kShared ? load_shared_vec(from + at) : load_vec(from + at);
+          others[i] = load_vec(y + at);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int32_t at = base + (i * kWarp + lane_id()) * 16;
+          if (at >= part.end) continue;
+          float d_out[kWidth], values[kWidth], scaled[kWidth];
+          unpack<T>(some[i], d_out);
+          unpack<T>(others[i], values);
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) {
+            scaled[j] = __fmul_rn(weight, d_out[j]);
+            dot = __fadd_rn(dot, __fmul_rn(values[j], d_out[j]));
+          }
+          store_vec(d_y + at, pack<T>(scaled));
+        }
+      }
+#pragma unroll
+      for (int width = kWarp / 2; width > 0; width /= 2) {
+        dot = __fadd_rn(dot, __shfl_xor_sync(kAllLanes, dot, width));
+      }
+      if (lane_id() == 0) recv.d_row_weights[to] = dot;
+    }
+  }
+};
+
+template <typename T, int kTopK, bool kSend, bool kRecv>
+__global__ void __launch_bounds__(kThreads, 1)
+    cotangent_kernel(const __grid_constant__ Args args, const __grid_constant__ CombineTransposeSend send,
+                     const __grid_constant__ CombineTransposeRecv recv, bool clears_tail) {
+  extern __shared__ int64_t memory[];
+  __shared__ BlockState state;
+  const SlotTables tables(args.shape, reinterpret_cast<int32_t*>(memory));
+  Exchange exchange(args, state);
+  exchange.begin<kSend>();
+  Cotangents<T, kTopK, kSend, kRecv>{
+      args, args.shape, send, recv, exchange, state, tables, clears_tail, share(args.length(), args.begin())}
+      .run();
+}
+
+size_t table_bytes(const MoeShape& shape) {
+  return sizeof(int32_t) * static_cast<size_t>(SlotTables(shape, nullptr).words);
+}
+
+template <bool kSend, bool kRecv, typename Visit>
+auto with_kernel(const MoeShape& shape, Visit&& visit) {
+  return with_row_type(shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return shape.top_k <= 8 ? visit(&cotangent_kernel<T, 8, kSend, kRecv>)
+                            : visit(&cotangent_kernel<T, 16, kSend, kRecv>);
+  });
+}
+
+// What no slot writes is zero.
+cudaError_t clear(const KernelCall& call, const CombineTransposeRecv& recv) {
+  const MoeShape& shape = call.shape;
+  cudaError_t error =
+      cudaMemsetAsync(recv.d_row_weights, 0, static_cast<size_t>(4 * recv.route.rows), call.stream);
+  if (error != cudaSuccess || !has_holes(shape)) return error;
+  return cudaMemsetAsync(recv.d_y, 0, static_cast<size_t>(recv.route.rows * shape.row_bytes()), call.stream);
+}
+
+// Rows are whole, as each has a dot product.
+template <bool kSend, bool kRecv>
+cudaError_t enqueue(const KernelCall& call, const CombineTransposeSend& send, const CombineTransposeRecv& recv,
+                    float* ticket_out, const float* ticket_in) {
+  const bool clears_tail = call.shape.zero_tail && !has_holes(call.shape);
+  return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
+    return launch_rounds(call, ticket_out, ticket_in, true, [&](const Args& args) {
+      return launch(kernel, call, table_bytes(call.shape), args, send, recv, clears_tail);
+    });
+  });
+}
+
+}  // namespace
+
+cudaError_t combine_transpose(const KernelCall& call, const CombineTransposeSend& send,
+                              const CombineTransposeRecv& recv) {
+  if (const cudaError_t error = clear(call, recv); error != cudaSuccess) return error;
+  return enqueue<true, true>(call, send, recv, nullptr, nullptr);
+}
+cudaError_t combine_transpose_send(const KernelCall& call, const CombineTransposeSend& send, float* ticket) {
+  return enqueue<true, false>(call, send, {}, ticket, nullptr);
+}
+cudaError_t combine_transpose_recv(const KernelCall& call, const CombineTransposeRecv& recv,
+                                   const float* ticket) {
+  if (const cudaError_t error = clear(call, recv); error != cudaSuccess) return error;
+  return enqueue<false, true>(call, {}, recv, nullptr, ticket);
+}
+
+cudaError_t load_combine_transpose(const MoeShape& shape, int* num_sms) {
+  const auto load = [&](auto* kernel) { return load_kernel(kernel, table_bytes(shape), num_sms); };
+  cudaError_t error = with_kernel<true, true>(shape, load);
+  if (error == cudaSuccess) error = with_kernel<true, false>(shape, load);
+  if (error == cudaSuccess) error = with_kernel<false, true>(shape, load);
+  return error;
+}
+
+}  // namespace pplx::moe::cuda

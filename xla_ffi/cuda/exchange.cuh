@@ -1,0 +1,368 @@
+// One exchange as its kernel sees it: its number, where messages go and come from, what may stop it.
+#pragma once
+
+#include "xla_ffi/cuda/control.h"
+#include "xla_ffi/cuda/sync.cuh"
+
+namespace pplx::moe::cuda {
+
+inline constexpr int kThreads = 512;
+
+// What every kernel gets, by value.
+struct Args {
+  Control* control;
+  MoeShape shape;
+  RegionLayout layout;
+  Kind kind;
+  uint32_t site;
+  uint64_t tag;
+  int32_t tokens;
+  int32_t round;
+  int32_t parts;  // of a row; divides kMaxParts
+  float* order;
+  float* ticket_out;
+  const float* ticket_in;
+
+  __device__ int32_t begin() const { return round * shape.chunk; }  // first token of the round
+  __device__ int32_t length() const { return min(tokens - begin(), shape.chunk); }
+  // Of a slot in the route's arrays, which have room for every token of every source.
+  __device__ int64_t slot_index(int32_t source, int32_t slot) const {
+    return int64_t{shape.num_ranks} * begin() + int64_t{source} * length() + slot;
+  }
+  __device__ int64_t stride() const {
+    switch (kind) {
+      case Kind::kDispatch:
+        return shape.dispatch_stride();
+      case Kind::kCombine:
+        return shape.home_stride();
+      case Kind::kDispatchTranspose:
+        return shape.dispatch_transpose_stride();
+      case Kind::kCombineTranspose:
+        break;
+    }
+    return shape.row_stride();
+  }
+  __device__ int64_t first_slot() const {
+    return sizeof(RegionHeader) + (kind == Kind::kDispatch && round == 0 ? shape.counts_bytes() : 0);
+  }
+};
+
+// A half-open range of a block's work.
+struct Span {
+  int32_t begin, end;
+  __device__ int32_t size() const { return end - begin; }
+};
+__device__ inline Span share(int32_t count, int32_t offset = 0) {
+  return {static_cast<int32_t>(offset + int64_t{count} * blockIdx.x / gridDim.x),
+          static_cast<int32_t>(offset + int64_t{count} * (blockIdx.x + 1) / gridDim.x)};
+}
+
+// Per block, in shared memory.
+struct BlockState {
+  uint64_t number;
+  uint32_t stop;           // a wait failed, or the group cannot be used: outputs are poisoned at the end
+  uint32_t poisoned;       // this rank's data is wrong
+  uint32_t placed;         // the receiving warps have laid out where rows go
+  uint32_t last;           // this block is the last to finish
+  uint32_t skip;           // a derivative's recv whose send never was
+  int32_t next_unit;       // of receiving, to be taken by a warp
+  unsigned long long bad;  // what is wrong with the data: the smallest of token, choice and fault
+};
+
+class Exchange {
+ public:
+  __device__ Exchange(const Args& args, BlockState& state) : args_(args), state_(state) {}
+
+  // By all threads. Takes the number of a send, or that of a recv from its ticket.
+  template <bool kSend>
+  __device__ void begin() {
+    if (threadIdx.x == 0) {
+      Control& control = *args_.control;
+      state_ = {};
+      state_.bad = ~0ULL;
+      if (load_volatile(&control.open) == 0 || load_volatile(&control.failed) != 0) {
+        state_.stop = 1;
+      } else if constexpr (kSend) {
+        state_.number = load_volatile(&control.next);
+        const uint64_t lanes = args_.layout.lanes, depth = lanes / 2;
+        if (state_.number >= depth) {
+          const uint64_t oldest = state_.number - depth;
+          if (load_volatile(&control.received[oldest % lanes]) < oldest + 1) {
+            fail(Fault::kWindow, args_.shape.rank, static_cast<int64_t>(oldest));
+          }
+        }
+      } else {
+        take_ticket();
+      }
+    }
+    __syncthreads();
+    number_ = state_.number;
+    lane_ = static_cast<int32_t>(number_ % args_.layout.lanes);
+  }
+
+  __device__ uint64_t epoch() const { return number_ + 1; }
+  __device__ int32_t lane() const { return lane_; }
+  __device__ bool stopped() const { return load_volatile(&state_.stop) != 0; }
+  __device__ void stop() { *const_cast<volatile uint32_t*>(&state_.stop) = 1; }
+
+  __device__ bool direct(int32_t rank) const { return args_.control->peers[rank] != nullptr; }
+  // The region that this rank's message to `rank` is written to, or packed for the proxy in.
+  __device__ std::byte* outgoing(int32_t rank) const {
+    const Control& control = *args_.control;
+    std::byte* peer = control.peers[rank];
+    if (peer != nullptr) return peer + args_.layout.region_at(lane_, args_.shape.rank);
+    return control.host_staging +
+           (int64_t{lane_} * args_.shape.num_ranks + rank) * args_.layout.region_bytes;
+  }
+  __device__ const std::byte* incoming(int32_t source) const {
+    const Control& control = *args_.control;
+    if (direct(source)) return own() + args_.layout.region_at(lane_, source);
+    return control.host_regions +
+           (int64_t{lane_} * args_.shape.num_ranks + source) * args_.layout.region_bytes;
+  }
+
+  // By one thread, after its team's writes to the region and a barrier: the message's header.
+  __device__ void announce(int32_t rank, uint32_t slots, bool poisoned) const {
+    if (!direct(rank)) return;
+    auto& header = *reinterpret_cast<RegionHeader*>(outgoing(rank));
+    const MoeShape& shape = args_.shape;
+    header.magic = kMagic;
+    header.version = kWireVersion;
+    header.kind = static_cast<uint8_t>(args_.kind);
+    header.flags = poisoned ? kPoisoned : 0;
+    header.source = shape.rank;
+    header.exchange = number_;
+    header.tag = args_.tag;
+    header.tokens = args_.tokens;
+    header.round = args_.round;
+    header.hidden = shape.hidden;
+    header.slots = slots;
+    header.culprit = shape.rank;
+    header.bytes = static_cast<uint32_t>(args_.first_slot() + slots * args_.stride());
+    header.format = shape.format();
+    header.top_k = static_cast<uint8_t>(shape.top_k);
+    header.local_experts = static_cast<uint16_t>(shape.experts_per_rank);
+    auto* ready = reinterpret_cast<uint64_t*>(args_.control->peers[rank] +
+                                              args_.layout.ready_at(lane_, shape.rank));
+    store_release(ready, epoch());
+  }
+  // By one lane, after its warp's writes to a part of a slot and a __syncwarp.
+  __device__ void publish(int32_t rank, int32_t slot, int32_t part) const {
+    std::byte* peer = args_.control->peers[rank];
+    if (peer == nullptr) return;
+    store_release(reinterpret_cast<uint64_t*>(
+                      peer + args_.layout.epoch_at(lane_, args_.shape.rank, slot, part)),
+                  epoch());
+  }
+  // By one thread of each block once the block has packed its part of what goes by proxy, after a barrier.
+  // `slots(rank)`: of the whole message.
+  template <typename Slots>
+  __device__ void submit(bool poisoned, Slots&& slots) {
+    Control& control = *args_.control;
+    if (control.host_staging == nullptr) return;
+    __threadfence_system();
+    if (atomicAdd(&control.packed_blocks[lane_], 1U) + 1 != gridDim.x) return;
+    __threadfence_system();
+    control.packed_blocks[lane_] = 0;
+    for (int32_t rank = 0; rank < args_.shape.num_ranks; ++rank) {
+      control.host_slots[int64_t{lane_} * args_.shape.num_ranks + rank] = direct(rank) ? 0 : slots(rank);
+    }
+    Submission& to = control.host->submissions[lane_];
+    to.kind = static_cast<uint32_t>(args_.kind);
+    to.site = args_.site;
+    to.tokens = args_.tokens;
+    to.round = args_.round;
+    to.poisoned = poisoned ? 1 : 0;
+    store_release(&to.epoch, epoch());
+  }
+
+  // By one thread: waits for a source's header and checks it. False: stopped.
+  __device__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned) {
+    const auto* word =
+        direct(source) ? reinterpret_cast<const uint64_t*>(own() + args_.layout.ready_at(lane_, source))
+                       : &args_.control->host->arrived[lane_];
+    if (!await(word, source)) return false;
+    const auto& header = *reinterpret_cast<const volatile RegionHeader*>(incoming(source));
+    const MoeShape& shape = args_.shape;
+    if (header.magic != kMagic || header.version != kWireVersion ||
+        header.source != static_cast<uint32_t>(source)) {
+      fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kHeader));
+      return false;
+    }
+    if (header.exchange != number_ || header.kind != static_cast<uint8_t>(args_.kind) ||
+        header.tag != args_.tag || header.tokens != static_cast<uint32_t>(args_.tokens) ||
+        header.round != static_cast<uint32_t>(args_.round) ||
+        header.hidden != static_cast<uint32_t>(shape.hidden) || header.format != shape.format() ||
+        header.top_k != shape.top_k || header.local_experts != shape.experts_per_rank) {
+      fail(Fault::kMismatch, source);
+      return false;
+    }
+    *slots = header.slots;
+    *poisoned = (header.flags & kPoisoned) != 0;
+    if (*slots > static_cast<uint32_t>(args_.length())) {
+      fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kSlots), *slots);
+      return false;
+    }
+    if (*poisoned && source != shape.rank && blockIdx.x == 0) {
+      data_error(Fault::kPoisoned, static_cast<uint32_t>(header.culprit));
+    }
+    return true;
+  }
+  // By one lane: a part of a slot. What comes by proxy is here once its header is.
+  __device__ bool await_slot(int32_t source, int32_t slot, int32_t part) {
+    if (!direct(source)) return true;
+    return await(reinterpret_cast<const uint64_t*>(
+                     own() + args_.layout.epoch_at(lane_, source, slot, part)),
+                 source);
+  }
+
+  // Final; the first one wins.
+  __device__ void fail(Fault fault, int32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0) {
+    Control& control = *args_.control;
+    if (atomicCAS(&control.failure_claimed, 0U, 1U) == 0) {
+      FaultRecord& record = control.host->failure;
+      if (fault == Fault::kMismatch) {
+        record.theirs = *reinterpret_cast<const RegionHeader*>(incoming(culprit));
+      }
+      write(record, fault, culprit, detail0, detail1, 0);
+      if (fault != Fault::kNotice) {
+        for (int32_t rank = 0; rank < args_.shape.num_ranks; ++rank) {
+          if (!direct(rank)) continue;
+          store_release(reinterpret_cast<uint64_t*>(control.peers[rank] +
+                                                    args_.layout.notice_at(args_.shape.rank)),
+                        1 + static_cast<uint64_t>(culprit));
+        }
+      }
+    }
+    atomicExch(&control.failed, static_cast<uint32_t>(fault));
+    stop();
+  }
+  // Recorded until check() takes it; the first one wins.
+  __device__ void data_error(Fault fault, uint32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0,
+                             int64_t detail2 = 0) {
+    Control& control = *args_.control;
+    const unsigned long long turn = load_volatile(&control.host->data_errors_taken) + 1;
+    if (atomicMax(&control.data_errors_claimed, turn) >= turn) return;
+    write(control.host->data_error, fault, culprit, detail0, detail1, detail2);
+  }
+
+  // By all threads, last. `poison()` is run by the last block, when all others are done with the outputs, if
+  // they are not to be used.
+  template <bool kSend, bool kRecv, typename Poison>
+  __device__ void finish(Poison&& poison) {
+    __syncthreads();
+    Control& control = *args_.control;
+    uint32_t& finished = kRecv ? control.received_blocks[lane_] : control.sent_blocks[lane_];
+    if (threadIdx.x == 0) {
+      __threadfence();
+      state_.last = atomicAdd(&finished, 1U) + 1 == gridDim.x;
+    }
+    __syncthreads();
+    if (state_.last == 0) return;
+    __threadfence();
+    const bool failed = load_volatile(&control.failed) != 0 || load_volatile(&control.open) == 0;
+    if (failed || state_.stop != 0 || state_.poisoned != 0) poison();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    finished = 0;
+    control.seen[args_.site % kMaxSites] = 1;
+    if (args_.order != nullptr) *args_.order = 0.0F;
+    if constexpr (kSend) {
+      if (!failed) control.next = number_ + 1;
+      if (args_.ticket_out != nullptr) {
+        control.poisoned[lane_] = state_.poisoned;
+        for (int digit = 0; digit < 4; ++digit) {
+          args_.ticket_out[digit] = failed ? 0.0F : static_cast<float>(epoch() >> (16 * digit) & 0xffffU);
+        }
+      }
+    }
+    if constexpr (kRecv) {
+      if (!failed) control.received[lane_] = epoch();
+    }
+  }
+
+ private:
+  __device__ const std::byte* own() const { return args_.control->peers[args_.shape.rank]; }
+
+  __device__ void take_ticket() {
+    const Control& control = *args_.control;
+    uint64_t ticket = 0;
+    bool sound = true;
+    for (int digit = 0; digit < 4; ++digit) {
+      const float value = args_.ticket_in[digit];
+      sound = sound && value >= 0.0F && value < 65536.0F && value == floorf(value);
+      if (sound) ticket |= static_cast<uint64_t>(value) << (16 * digit);
+    }
+    if (sound && ticket == 0 && args_.kind == Kind::kDispatchTranspose) {
+      state_.skip = 1;
+      return;
+    }
+    state_.number = ticket - 1;
+    const uint64_t next = load_volatile(&control.next), lanes = args_.layout.lanes;
+    if (!sound || ticket == 0 || ticket > next || next - ticket >= lanes ||
+        load_volatile(&control.received[(ticket - 1) % lanes]) >= ticket) {
+      state_.number = 0;
+      fail(Fault::kTicket, args_.shape.rank, static_cast<int64_t>(ticket));
+      return;
+    }
+    state_.poisoned = load_volatile(&control.poisoned[(ticket - 1) % lanes]);
+  }
+
+  __device__ bool await(const uint64_t* word, int32_t source) {
+    if (load_acquire(word) >= epoch()) return true;
+    uint64_t began = 0;
+    for (uint32_t looks = 1;; ++looks) {
+      if (load_acquire(word) >= epoch()) return true;
+      if (looks % 128 == 0 && load_volatile(&args_.control->failed) != 0) break;
+      if (looks % 2048 == 0 && !go_on(began, source)) break;
+    }
+    stop();
+    return false;
+  }
+
+  // What is looked at rarely: the host over PCIe, the peers' notices, the clock.
+  __device__ __noinline__ bool go_on(uint64_t& began, int32_t source) {
+    const Control& control = *args_.control;
+    const uint64_t now = now_ns();
+    if (began == 0) began = now;
+    if (load_volatile(&control.host->abort) != 0) {
+      fail(Fault::kAborted, source);
+      return false;
+    }
+    for (int32_t rank = 0; rank < args_.shape.num_ranks; ++rank) {
+      const uint64_t notice =
+          load_acquire(reinterpret_cast<const uint64_t*>(own() + args_.layout.notice_at(rank)));
+      if (notice == 0) continue;
+      fail(Fault::kNotice, static_cast<int32_t>(notice - 1), rank);
+      return false;
+    }
+    const uint64_t allowed = control.seen[args_.site % kMaxSites] != 0
+                                 ? load_volatile(&control.host->stall_ns)
+                                 : load_volatile(&control.host->first_stall_ns);
+    if (now - began < allowed) return true;
+    fail(Fault::kTimeout, source);
+    return false;
+  }
+
+  __device__ void write(FaultRecord& record, Fault fault, uint32_t culprit, int64_t detail0, int64_t detail1,
+                        int64_t detail2) const {
+    record.fault = fault;
+    record.kind = static_cast<uint32_t>(args_.kind);
+    record.site = args_.site;
+    record.culprit = culprit;
+    record.tokens = args_.tokens;
+    record.exchange = state_.number;
+    record.detail[0] = detail0;
+    record.detail[1] = detail1;
+    record.detail[2] = detail2;
+    __threadfence_system();
+    *const_cast<volatile uint32_t*>(&record.complete) = 1;
+  }
+
+  const Args& args_;
+  BlockState& state_;
+  uint64_t number_ = 0;
+  int32_t lane_ = 0;
+};
+
+}  // namespace pplx::moe::cuda

@@ -1,0 +1,160 @@
+// A token's row, or a part of it, from one place to several, quantised on the way where it has to be.
+#pragma once
+
+#include "xla_ffi/cuda/vec.cuh"
+
+namespace pplx::moe::cuda {
+
+// Which bytes of a dispatched row, and which of its scales, a part has.
+struct Part {
+  int32_t begin, end;
+  int32_t scale_begin, scale_end;
+};
+
+__device__ inline Part part_of_token(const MoeShape& shape, int32_t part, int32_t parts) {
+  if (shape.quant == Quant::kNone) {
+    const int32_t vecs = static_cast<int32_t>(shape.row_bytes() / 16);
+    return {vecs * part / parts * 16, vecs * (part + 1) / parts * 16, 0, 0};
+  }
+  const int32_t scales = static_cast<int32_t>(shape.scales());
+  const int32_t first = scales * part / parts, last = scales * (part + 1) / parts;
+  return {first * kScaleBlock, min(last * kScaleBlock, shape.hidden), first, last};
+}
+
+// Where a row goes: the lanes in `lanes` hold one place each.
+struct Places {
+  uint32_t lanes;
+  std::byte* row;
+  std::byte* scales;
+
+  // visit(row, scales) for each; by the whole warp.
+  template <typename Visit>
+  __device__ void each(Visit&& visit) const {
+    for (uint32_t left = lanes; left != 0; left &= left - 1) {
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      visit(reinterpret_cast<std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), lane)),
+            reinterpret_cast<std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(scales), lane)));
+    }
+  }
+};
+
+// By a warp. kShared: another agent wrote the source while this kernel ran.
+template <bool kShared>
+__device__ inline void copy_bytes(const std::byte* source, Part part, const Places& to) {
+  constexpr int kAtOnce = 8;
+  for (int32_t base = part.begin; base < part.end; base += kAtOnce * kWarp * 16) {
+    uint4 some[kAtOnce];
+    const int32_t first = base + lane_id() * 16;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t at = first + i * kWarp * 16;
+      if (at < part.end) some[i] = kShared ? load_shared_vec(source + at) : load_vec(source + at);
+    }
+    to.each([&](std::byte* row, std::byte*) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t at = first + i * kWarp * 16;
+        if (at < part.end) store_vec(row + at, some[i]);
+      }
+    });
+  }
+}
+
+template <bool kShared>
+__device__ inline void copy_scales(const MoeShape& shape, const std::byte* source, Part part,
+                                   const Places& to) {
+  for (int32_t base = part.scale_begin; base < part.scale_end; base += kWarp) {
+    const int32_t at = base + lane_id();
+    const bool mine = at < part.scale_end;
+    if (shape.quant == Quant::kFp8) {
+      const auto* from = reinterpret_cast<const float*>(source) + at;
+      const float scale = mine ? (kShared ? __ldcg(from) : __ldg(from)) : 0.0F;
+      to.each([&](std::byte*, std::byte* scales) {
+        if (mine) reinterpret_cast<float*>(scales)[at] = scale;
+      });
+    } else {
+      const auto* from = reinterpret_cast<const unsigned char*>(source) + at;
+      const unsigned char scale = mine ? (kShared ? __ldcg(from) : __ldg(from)) : 0;
+      to.each([&](std::byte*, std::byte* scales) {
+        if (mine) reinterpret_cast<unsigned char*>(scales)[at] = scale;
+      });
+    }
+  }
+}
+
+template <typename T>
+__device__ inline void quantize_part(const MoeShape& shape, const T* source, Part part, const Places& to) {
+  constexpr int kLanes = kScaleBlock / kVec<T>;  // of a block
+  constexpr int kBlocks = kWarp / kLanes;        // of a warp at a time
+  constexpr int kAtOnce = 4;
+  const int block_lane = lane_id() % kLanes;
+  for (int32_t base = part.scale_begin; base < part.scale_end; base += kBlocks * kAtOnce) {
+    uint4 some[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t block = base + i * kBlocks + lane_id() / kLanes;
+      const int32_t at = block * kScaleBlock + block_lane * kVec<T>;
+      some[i] = block < part.scale_end && at < shape.hidden ? load_vec(source + at) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (base + i * kBlocks >= part.scale_end) break;
+      const int32_t block = base + i * kBlocks + lane_id() / kLanes;
+      const int32_t at = block * kScaleBlock + block_lane * kVec<T>;
+      float values[kVec<T>];
+      unpack<T>(some[i], values);
+      uint32_t max = 0;
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) max = ::max(max, __float_as_uint(values[j]) & 0x7fffffffU);
+#pragma unroll
+      for (int width = kLanes / 2; width > 0; width /= 2) {
+        max = ::max(max, __shfl_xor_sync(kAllLanes, max, width));
+      }
+      const bool finite = max < 0x7f800000U;
+      const BlockScale scale = block_scale(finite ? __uint_as_float(max) : 0.0F, shape.quant);
+      uint32_t words[kVec<T> / 4];
+#pragma unroll
+      for (int w = 0; w < kVec<T> / 4; ++w) {
+        words[w] = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t byte = finite ? e4m3(__fmul_rn(values[4 * w + j], scale.inverse)) : 0x7fU;
+          words[w] |= byte << (8 * j);
+        }
+      }
+      const bool mine = block < part.scale_end && at < shape.hidden;
+      to.each([&](std::byte* row, std::byte* scales) {
+        if (!mine) return;
+        if constexpr (kVec<T> == 8) {
+          *reinterpret_cast<uint2*>(row + at) = {words[0], words[1]};
+        } else {
+          *reinterpret_cast<uint32_t*>(row + at) = words[0];
+        }
+        if (block_lane != 0) return;
+        if (shape.quant == Quant::kFp8) {
+          reinterpret_cast<float*>(scales)[block] = scale.value;
+        } else {
+          reinterpret_cast<uint8_t*>(scales)[block] = scale.exponent;
+        }
+      });
+    }
+  }
+}
+
+// By a warp: `bytes`, a multiple of 16, of zeros.
+__device__ inline void clear_bytes(std::byte* at, int64_t bytes) {
+  for (int64_t i = lane_id() * 16; i < bytes; i += kWarp * 16) store_vec(at + i, {0, 0, 0, 0});
+}
+
+// By a block: `count` NaNs of a type, or bytes of a value.
+template <typename T>
+__device__ inline void fill(T* at, int64_t count, T value) {
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) at[i] = value;
+}
+__device__ inline void fill_nan(void* at, int64_t count, DType dtype) {
+  if (dtype == DType::kFloat32) return fill(static_cast<uint32_t*>(at), count, 0x7fc00000U);
+  fill(static_cast<uint16_t*>(at), count,
+       static_cast<uint16_t>(dtype == DType::kBFloat16 ? 0x7fc0U : 0x7e00U));
+}
+
+}  // namespace pplx::moe::cuda

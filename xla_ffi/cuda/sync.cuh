@@ -1,0 +1,58 @@
+// Words that agents tell each other progress by, and waiting for them.
+#pragma once
+
+#include <cstdint>
+
+#include "xla_ffi/cuda/control.h"
+
+namespace pplx::moe::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr uint32_t kAllLanes = 0xffffffffU;
+
+// Reads and writes at system scope: the other side is a peer's GPU or the CPU.
+__device__ inline uint64_t load_acquire(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+// What the calling thread knows of becomes visible first: its own writes, and those of threads that it has
+// synchronised with.
+__device__ inline void store_release(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");
+}
+template <typename T>
+__device__ inline T load_volatile(const T* word) {
+  return *const_cast<const volatile T*>(word);
+}
+
+__device__ inline uint64_t now_ns() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ inline uint32_t lanes_below() { return (1U << lane_id()) - 1U; }
+
+__device__ inline int64_t warp_sum(int64_t value) {
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2) value += __shfl_xor_sync(kAllLanes, value, width);
+  return value;
+}
+
+// Some of a block's warps, which work together and meet at a barrier of their own.
+struct Team {
+  int first;  // thread
+  int threads;
+  int barrier;
+
+  __device__ int thread() const { return static_cast<int>(threadIdx.x) - first; }
+  __device__ int warp() const { return thread() / kWarp; }
+  __device__ int warps() const { return threads / kWarp; }
+  __device__ bool has_me() const { return thread() >= 0 && thread() < threads; }
+  __device__ void sync() const { asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory"); }
+};
+
+}  // namespace pplx::moe::cuda
