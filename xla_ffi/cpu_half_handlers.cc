@@ -2,6 +2,8 @@
 //
 // A ticket travels as four float32 of 16 bits each: floats have cotangents, so that the backward pass hands
 // the transposed exchange's ticket from recv's derivative to send's.
+#include <cmath>
+
 #include "xla_ffi/cpu_call_frame.h"
 #include "xla_ffi/handlers.h"
 

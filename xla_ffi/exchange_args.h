@@ -19,10 +19,10 @@ struct Route {
 // Each exchange has a sending half, which waits for no message of its own, and a receiving half.
 
 struct DispatchSend {
-  const void* x;           // [T, H], quantised already where scales is given
-  const void* scales;      // [T, scales()], or null
-  const int32_t* indices;  // [T, K]
-  const float* weights;    // [T, K]
+  const void* x;              // [T, H], quantised already where scales is given
+  const void* scales;         // [T, scales()], or null
+  const int32_t* indices;     // [T, K]
+  const float* weights;       // [T, K]
   const int32_t* num_tokens;  // []
   const int32_t* expert_map;  // [R * experts_per_rank] logical expert on each physical one, -1: none
   int32_t* home;              // out, of the route

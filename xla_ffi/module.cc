@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "xla_ffi/handlers.h"
+#include "xla_ffi/python_group.h"
 #include "xla_ffi/registry.h"
 
 namespace nb = nanobind;
@@ -32,22 +33,8 @@ using moe::Member;
 using moe::MoeShape;
 using moe::Registry;
 
-nb::bytes to_python(const Bytes& bytes) { return nb::bytes(bytes.data(), bytes.size()); }
-
-Bytes from_python(const nb::bytes& bytes) {
-  const auto* data = reinterpret_cast<const std::byte*>(bytes.c_str());
-  return {data, data + bytes.size()};
-}
-
 Duration from_seconds(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
-}
-
-// A kind's Python name and text, for pplx_jax to raise.
-using Report = std::pair<std::string, std::string>;
-std::optional<Report> to_report(const std::optional<Error>& error) {
-  if (!error) return std::nullopt;
-  return Report(error_name(error->kind()), error->what());
 }
 
 // Python's handle to one device's membership. The registry holds the member until close().
@@ -69,11 +56,9 @@ class MemberHandle {
     member_.reset();
   }
 
-  nb::bytes endpoint() const { return to_python(member_->group.endpoint()); }
+  nb::bytes endpoint() const { return moe::to_python(member_->group.endpoint()); }
   void connect(const std::vector<nb::bytes>& endpoints) {
-    std::vector<Bytes> all;
-    all.reserve(endpoints.size());
-    for (const nb::bytes& endpoint : endpoints) all.push_back(from_python(endpoint));
+    const std::vector<Bytes> all = moe::from_python(endpoints);
     nb::gil_scoped_release release;
     member_->group.connect(all);
   }
@@ -88,40 +73,16 @@ class MemberHandle {
     nb::gil_scoped_release release;
     member_->group.fail(Error(ErrorKind::kPeer, why), member_->group.config().rank);
   }
-  std::optional<Report> failure() const { return to_report(member_->group.failure()); }
+  std::optional<moe::Report> failure() const { return moe::to_report(member_->group.failure()); }
   // With whether it is this rank's own.
   std::optional<std::tuple<std::string, std::string, bool>> take_data_error() {
     const bool own = member_->group.data_error_culprit() == member_->group.config().rank;
-    const auto error = to_report(member_->group.take_data_error());
+    const auto error = moe::to_report(member_->group.take_data_error());
     if (!error) return std::nullopt;
     return std::tuple(error->first, error->second, own);
   }
 
-  nb::dict stats() const {
-    const moe::GroupStats stats = member_->group.stats();
-    nb::dict out;
-    out["rank"] = member_->shape.rank;
-    out["fabric"] = stats.fabric;
-    out["exchanges"] = stats.exchanges;
-    out["waits_over_10s"] = stats.waits_over_10s;
-    out["region_bytes"] = stats.region_bytes;
-    out["staging_bytes"] = stats.staging_bytes;
-    nb::list peers;
-    for (const moe::PeerStats& peer : stats.peers) {
-      nb::dict entry;
-      entry["process"] = peer.process;
-      entry["sent_bytes"] = peer.sent_bytes;
-      entry["received_bytes"] = peer.received_bytes;
-      entry["waited_seconds"] = std::chrono::duration<double>(peer.waited).count();
-      entry["longest_wait_seconds"] = std::chrono::duration<double>(peer.longest_wait).count();
-      peers.append(entry);
-    }
-    out["peers"] = peers;
-    out["writes"] = stats.engine.writes;
-    out["immediates"] = stats.engine.immediates;
-    out["unknown_immediates"] = stats.engine.unknown_immediates;
-    return out;
-  }
+  nb::dict stats() const { return moe::stats_dict(member_->group.stats(), member_->shape.rank); }
 
  private:
   int64_t group_;
@@ -221,23 +182,8 @@ NB_MODULE(_core, m) {
     for (const auto& [name, handler] : moe::cpu_handlers()) out[name.c_str()] = nb::capsule(handler);
     return out;
   });
-  // `connector(group)` is called from XLA's threads with the GIL, by the first exchange of a group that
-  // nobody connected.
   m.def("set_connector", [](nb::callable connector) {
-    // Leaked with the registry: a handler may run while the interpreter shuts down.
-    auto* held = new nb::callable(std::move(connector));
-    Registry::instance().set_connector([held](int64_t group) {
-      if (!nb::is_alive() || Py_IsInitialized() == 0) return;
-      nb::gil_scoped_acquire acquire;
-      try {
-        (*held)(group);
-      } catch (nb::python_error& error) {
-        const nb::object type = nb::borrow(error.type());
-        const std::string name = nb::cast<std::string>(type.attr("__name__"));
-        const std::string text = nb::cast<std::string>(nb::str(error.value()));
-        throw Error(ErrorKind::kFabric, "connecting at the first exchange failed with " + name + ": " + text);
-      }
-    });
+    Registry::instance().set_connector(moe::python_connector(std::move(connector)));
   });
 }
 

@@ -153,6 +153,21 @@ std::byte* Exchange::message(uint32_t peer, size_t bytes) {
   return message_;
 }
 
+std::byte* Exchange::packed(uint32_t peer, size_t bytes) {
+  const GroupConfig& config = group_.config_;
+  message_ = nullptr;
+  message_peer_ = peer;
+  message_bytes_ = bytes;
+  if (group_.failed_ || group_.closed_) return nullptr;
+  if (peer == config.rank) return message_ = group_.region(lane_, peer);
+  staged_ = peer * config.region_bytes;
+  if (bytes > config.region_bytes || staged_ + bytes > config.staging_bytes) {
+    throw Error(ErrorKind::kInvalidArgument, describe() + ": a message of " + std::to_string(bytes) +
+                                                 " bytes does not lie where it should");
+  }
+  return message_ = group_.staging_->data() + lane_ * config.staging_bytes + staged_;
+}
+
 void Exchange::post(uint32_t slots, bool poisoned) {
   if (message_ == nullptr) return;
   const GroupConfig& config = group_.config_;
@@ -228,7 +243,6 @@ bool Exchange::wait_for_arrivals(bool checked) {
   for (uint32_t offset = 1; offset < config.num_ranks; ++offset) {
     missing.push_back((config.rank + offset) % config.num_ranks);
   }
-  const uint64_t uses = number_ / group_.lanes_ + 1;  // of the lane, this exchange included
   const auto began = Clock::now();
   unsigned checks = 0;
   uint64_t looks = 0;
@@ -236,11 +250,11 @@ bool Exchange::wait_for_arrivals(bool checked) {
   const auto arrived = [&] {
     const size_t before = missing.size();
     std::erase_if(missing, [&](uint32_t source) {
-      ExchangeGroup::Peer& peer = *group_.peers_[source];
-      if (peer.arrivals[lane_].value() < uses * peer.shards) return false;
+      if (!here(source)) return false;
       sound = sound && (!checked || check(source));
       // What was here before anybody looked was not waited for: the slowest rank waits for nobody.
       if (looks > 0) {
+        ExchangeGroup::Peer& peer = *group_.peers_[source];
         const int64_t waited = Duration(Clock::now() - began).count();
         peer.waited_ns += waited;
         if (waited > peer.longest_wait_ns) peer.longest_wait_ns = waited;
@@ -250,46 +264,78 @@ bool Exchange::wait_for_arrivals(bool checked) {
     ++looks;
     if (missing.empty() || !sound || group_.closed_) return true;
     // Rare news are looked at rarely: reading every peer's counters each time would cost more than the wait.
-    if (missing.size() == before && ++checks % 64 == 0) {
-      group_.read_notices();
-      const ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
-      if (lane.local.failed() != 0) {
-        const auto error = lane.local.error();
-        group_.fail(Error(error->kind(), describe() + ": no message to " + group_.rank_name(lane.refused_by) +
-                                             ": " + error->what()),
-                    lane.refused_by);
-      }
-      for (const uint32_t source : missing) {
-        const ExchangeGroup::Peer& peer = *group_.peers_[source];
-        if (!peer.gone) continue;
-        // Its notice may have overtaken its last messages; those are waited for, but not for ever.
-        if (number_ < peer.last_words && Clock::now() - started_ < config.timeout) continue;
-        group_.fail(Error(ErrorKind::kPeer, describe() + ": " + group_.rank_name(source) +
-                                                " has closed the group and will not come"),
-                    source);
-      }
-    }
+    if (missing.size() == before && ++checks % 64 == 0) read_news(missing);
     return group_.failed_.load();
   };
 
   bool done = group_.engine_->wait_until(arrived, std::min(deadline(), started_ + kWarnAfter));
   if (!done && Clock::now() < deadline()) {
-    ++group_.slow_waits_;
-    group_.note(
-        LogLevel::kWarn, number_, Field("event", "waiting"), ' ', Field("call", kind_name(site_.kind)), ' ',
-        Field("site", std::string(site_.name)), ' ', Field("peer", missing.front()), ' ',
-        Field("process", group_.peers_[missing.front()]->process), ' ', Field("seconds", kWarnAfter.count()));
+    warn_of(missing.front());
     done = group_.engine_->wait_until(arrived, deadline());
   }
-  if (!done) {
-    std::string names;
-    for (const uint32_t source : missing) names += (names.empty() ? "" : ", ") + group_.rank_name(source);
-    group_.fail(Error(ErrorKind::kTimeout, describe() + ": " + names + " did not come within " +
-                                               seconds(deadline() - started_) +
-                                               " (stall_timeout=; more at a call's first execution)"),
-                missing.front());
-  }
+  if (!done) give_up(missing);
   return sound && done && !group_.failed_ && !group_.closed_;
+}
+
+bool Exchange::here(uint32_t source) const {
+  const ExchangeGroup::Peer& peer = *group_.peers_[source];
+  const uint64_t uses = number_ / group_.lanes_ + 1;  // of the lane, this exchange included
+  return peer.arrivals[lane_].value() >= uses * peer.shards;
+}
+
+// What ends a wait early: failures and closes of peers, messages that were refused.
+void Exchange::read_news(const std::vector<uint32_t>& missing) {
+  group_.read_notices();
+  const ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
+  if (lane.local.failed() != 0) {
+    const auto error = lane.local.error();
+    group_.fail(Error(error->kind(), describe() + ": no message to " + group_.rank_name(lane.refused_by) +
+                                         ": " + error->what()),
+                lane.refused_by);
+  }
+  for (const uint32_t source : missing) {
+    const ExchangeGroup::Peer& peer = *group_.peers_[source];
+    if (!peer.gone) continue;
+    // Its notice may have overtaken its last messages; those are waited for, but not for ever.
+    if (number_ < peer.last_words && Clock::now() - started_ < group_.config_.timeout) continue;
+    group_.fail(Error(ErrorKind::kPeer, describe() + ": " + group_.rank_name(source) +
+                                            " has closed the group and will not come"),
+                source);
+  }
+}
+
+void Exchange::warn_of(uint32_t missing) {
+  ++group_.slow_waits_;
+  group_.note(LogLevel::kWarn, number_, Field("event", "waiting"), ' ', Field("call", kind_name(site_.kind)),
+              ' ', Field("site", std::string(site_.name)), ' ', Field("peer", missing), ' ',
+              Field("process", group_.peers_[missing]->process), ' ', Field("seconds", kWarnAfter.count()));
+}
+
+void Exchange::give_up(const std::vector<uint32_t>& missing) {
+  std::string names;
+  for (const uint32_t source : missing) names += (names.empty() ? "" : ", ") + group_.rank_name(source);
+  if (missing.empty()) names = "completions of its own messages";
+  group_.fail(Error(ErrorKind::kTimeout, describe() + ": " + names + " did not come within " +
+                                             seconds(deadline() - started_) +
+                                             " (stall_timeout=; more at a call's first execution)"),
+              missing.empty() ? ExchangeGroup::kNobody : missing.front());
+}
+
+bool Exchange::poll(Patience& patience) {
+  started_ = patience.since;
+  std::vector<uint32_t> missing;
+  for (uint32_t source = 0; source < group_.config_.num_ranks; ++source) {
+    if (source != group_.config_.rank && !here(source)) missing.push_back(source);
+  }
+  const ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
+  if (missing.empty() && lane.local.done() >= lane.posted && lane.local.failed() == 0) return true;
+  if (++patience.looks % 64 == 0) read_news(missing);
+  if (Clock::now() >= deadline()) give_up(missing);
+  if (!patience.warned && !missing.empty() && Clock::now() - started_ > kWarnAfter) {
+    warn_of(missing.front());
+    patience.warned = true;
+  }
+  return group_.failed_ || group_.closed_;
 }
 
 bool Exchange::check(uint32_t source) {

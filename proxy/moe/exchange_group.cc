@@ -197,6 +197,18 @@ std::string ExchangeGroup::rank_name(uint32_t rank) const {
   return process.empty() ? name : name + " (" + process + ")";
 }
 
+void ExchangeGroup::count_sent(uint64_t exchanges) {
+  sent_exchanges_ = std::max<uint64_t>(sent_exchanges_, exchanges);
+  next_exchange_ = std::max<uint64_t>(next_exchange_, exchanges);
+}
+
+std::optional<uint32_t> ExchangeGroup::gone_before(uint64_t exchange) {
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    if (peers_[rank]->gone && peers_[rank]->last_words <= exchange) return rank;
+  }
+  return std::nullopt;
+}
+
 // --- failure ---------------------------------------------------------------------------------------------
 
 bool ExchangeGroup::record_failure(const Error& error) {

@@ -114,6 +114,16 @@ class ExchangeGroup {
 
   static constexpr uint32_t kNobody = ~0U;
 
+  // For who moves messages without packing or reading them here: a lane's regions are num_ranks of
+  // region_bytes, its send buffer is staging_bytes.
+  std::span<std::byte> regions() const { return {regions_->data(), regions_->size()}; }
+  std::span<std::byte> staging() const { return {staging_->data(), staging_->size()}; }
+  std::string rank_name(uint32_t rank) const;
+  // Exchanges that were sent without an Exchange; for the notice of the close.
+  void count_sent(uint64_t exchanges);
+  // A peer that closed the group before it had sent `exchange`.
+  std::optional<uint32_t> gone_before(uint64_t exchange);
+
  private:
   friend class Exchange;
   struct Peer;
@@ -157,7 +167,6 @@ class ExchangeGroup {
   bool record_failure(const Error& error);
   void broadcast(const AbortNotice& notice, NoticeSlot slot);
   std::byte* region(uint32_t lane, uint32_t source) const;
-  std::string rank_name(uint32_t rank) const;
 
   const ProcessMark mark_;
   GroupConfig config_;
@@ -201,6 +210,13 @@ class ExchangeGroup {
   std::unique_ptr<Monitor> monitor_;
 };
 
+// What Exchange::poll() remembers of a wait from one look to the next.
+struct Patience {
+  Clock::time_point since = Clock::now();
+  unsigned looks = 0;
+  bool warned = false;
+};
+
 // One exchange: pack and post a message to every rank, wait for everybody's, read them. Holds the group, but
 // not between park() and the constructor that takes its ticket.
 class Exchange {
@@ -218,6 +234,9 @@ class Exchange {
   // Room for a message of `bytes` (header included) to `peer`; the body starts after the RegionHeader.
   // nullptr once the group has failed.
   std::byte* message(uint32_t peer, size_t bytes);
+  // The same for a message that lies in the send buffer already, at peer * region_bytes. The caller knows
+  // that the send buffer was free to be packed.
+  std::byte* packed(uint32_t peer, size_t bytes);
   // Posts the message last asked for. `slots` goes into its header.
   void post(uint32_t slots, bool poisoned = false);
   // All is posted; returns the ticket, never 0. `poisoned` is kept for the constructor that resumes.
@@ -225,6 +244,9 @@ class Exchange {
 
   // True when every rank's message is here and checked. False: the group has failed.
   bool wait();
+  // For threads that must not wait: looks once whether all is here and has left, or the group has failed, so
+  // that wait() returns at once.
+  bool poll(Patience& patience);
   const RegionHeader& header(uint32_t source) const;
   const std::byte* body(uint32_t source) const;
   size_t body_bytes(uint32_t source) const;
@@ -239,6 +261,10 @@ class Exchange {
   void finish_abandoned(int64_t run);
   void note_sent();
   bool wait_for_arrivals(bool checked);
+  bool here(uint32_t source) const;
+  void read_news(const std::vector<uint32_t>& missing);
+  void warn_of(uint32_t missing);
+  void give_up(const std::vector<uint32_t>& missing);
   bool check(uint32_t source);
   Deadline deadline() const;
   std::string describe() const;

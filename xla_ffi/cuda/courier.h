@@ -1,0 +1,68 @@
+// The thread beside a GPU: carries messages for ranks that NVLink does not reach, and news of failures both
+// ways. Calls nothing of CUDA: kernels and the courier meet in pinned memory only.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "proxy/moe/exchange_group.h"
+#include "xla_ffi/cuda/control.h"
+#include "xla_ffi/cuda/control_block.h"
+#include "xla_ffi/cuda/faults.h"
+#include "xla_ffi/layout.h"
+
+namespace pplx::moe::cuda {
+
+struct CourierConfig {
+  ExchangeGroup& group;
+  MoeShape shape;
+  const Sites& sites;
+  HostControl& host;
+  const uint32_t* slots;       // [lanes][R] of each submitted message
+  std::vector<bool> by_proxy;  // by rank; where none is, only news travel
+};
+
+class Courier {
+ public:
+  explicit Courier(CourierConfig config);
+  // Ends the thread; whatever is under way stays where it is.
+  ~Courier();
+  Courier(const Courier&) = delete;
+  Courier& operator=(const Courier&) = delete;
+
+ private:
+  // An exchange that was posted and has not arrived.
+  struct Underway {
+    uint64_t ticket;
+    CallSite site;
+    uint32_t round;
+    Patience patience;
+  };
+
+  void work();
+  bool post_next();
+  bool receive_oldest();
+  bool sound(Exchange& exchange, const Underway& underway) const;
+  int64_t body_bytes(const CallSite& site, uint32_t round, uint32_t slots) const;
+  void watch();
+  void report_failure(const FaultRecord& record);
+  void note_data_error();
+
+  CourierConfig config_;
+  bool carries_;
+  uint32_t lanes_;
+  uint64_t next_ = 0;
+  std::deque<Underway> underway_;
+  bool failure_seen_ = false;
+  bool blamed_ = false;  // a kernel's deadline was passed on to the oldest exchange under way
+  uint64_t data_errors_noted_ = 0;
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+};
+
+}  // namespace pplx::moe::cuda

@@ -1,0 +1,25 @@
+// What kernels find wrong, as errors for people.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "proxy/error.h"
+#include "proxy/moe/exchange_group.h"
+#include "xla_ffi/cuda/control.h"
+#include "xla_ffi/cuda/control_block.h"
+#include "xla_ffi/layout.h"
+
+namespace pplx::moe::cuda {
+
+struct FaultContext {
+  const ExchangeGroup& group;
+  const MoeShape& shape;
+  const Sites& sites;
+};
+
+// A copy of the record, if it is complete.
+std::optional<FaultRecord> read_fault(FaultRecord& record);
+Error fault_error(const FaultContext& context, const FaultRecord& record);
+
+}  // namespace pplx::moe::cuda

@@ -1,0 +1,414 @@
+#include "xla_ffi/cuda/member.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "proxy/bytes.h"
+#include "proxy/log.h"
+#include "xla_ffi/cuda/device.h"
+
+namespace pplx::moe::cuda {
+namespace {
+
+constexpr uint32_t kEndpointMagic = 0x47504d45;       // "EMPG"
+constexpr int kIdleLimit = 2000, kFinishLimit = 200;  // milliseconds
+// A message that says nothing but its header; ExchangeGroup wants room for it.
+constexpr size_t kHeaderOnly = 512;
+
+// Regions of this process's members by token: their addresses serve every device here.
+class LocalRegions {
+ public:
+  static LocalRegions& instance() {
+    static auto* regions = new LocalRegions;  // leaked, like registries
+    return *regions;
+  }
+  void put(const Token& token, const std::shared_ptr<DeviceRegions>& regions) {
+    const std::lock_guard guard(mutex_);
+    std::erase_if(regions_, [](const auto& entry) { return entry.second.expired(); });
+    regions_[token] = regions;
+  }
+  std::shared_ptr<DeviceRegions> find(const Token& token) {
+    const std::lock_guard guard(mutex_);
+    const auto at = regions_.find(token);
+    return at == regions_.end() ? nullptr : at->second.lock();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Token, std::weak_ptr<DeviceRegions>> regions_;
+};
+
+GroupConfig with_buffers(GroupConfig config, const MoeShape& shape, bool proxies) {
+  config.rank = static_cast<uint32_t>(shape.rank);
+  config.num_ranks = static_cast<uint32_t>(shape.num_ranks);
+  config.region_bytes = proxies ? buffer_sizes(shape).region_bytes : kHeaderOnly;
+  config.staging_bytes = config.region_bytes * (proxies ? config.num_ranks : 1);
+  // Kernels of several executions may be queued on a device; nothing here could tell them apart.
+  config.launches = nullptr;
+  return config;
+}
+
+uint64_t nanoseconds(Duration duration) {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count());
+}
+
+std::string alignment_problem(const MoeShape& shape) {
+  const auto wrong = [&](const char* what, int64_t bytes) {
+    return std::string(what) + " of hidden=" + std::to_string(shape.hidden) + " have " +
+           std::to_string(bytes) + " bytes; on GPUs they must be multiples of 16: choose hidden= accordingly";
+  };
+  if (shape.row_bytes() % 16 != 0) return wrong("rows", shape.row_bytes());
+  if (shape.token_bytes() % 16 != 0) return wrong("quantised rows", shape.token_bytes());
+  return "";
+}
+
+}  // namespace
+
+// What a rank tells of itself.
+struct Member::Peer {
+  Bytes group;
+  std::string uuid, socket;
+  Token token;
+  uint64_t layout_bytes, mapped_bytes;
+  uint32_t num_sms;
+  uint32_t proxies;
+
+  Bytes encode() const {
+    ByteWriter out;
+    out.put(kEndpointMagic);
+    out.blob(group);
+    out.text(uuid);
+    out.text(socket);
+    out.raw(token);
+    out.put(layout_bytes);
+    out.put(mapped_bytes);
+    out.put(num_sms);
+    out.put(proxies);
+    out.checksum();
+    return out.take();
+  }
+
+  static Peer decode(const Bytes& bytes) {
+    ByteReader in(checked(bytes, "GPU endpoint"), "GPU endpoint");
+    if (in.get<uint32_t>() != kEndpointMagic) in.malformed("it has another magic number");
+    Peer peer{};
+    const auto group = in.blob();
+    peer.group = {group.begin(), group.end()};
+    peer.uuid = in.text();
+    peer.socket = in.text();
+    const auto token = in.raw(sizeof(Token));
+    std::copy(token.begin(), token.end(), peer.token.begin());
+    peer.layout_bytes = in.get<uint64_t>();
+    peer.mapped_bytes = in.get<uint64_t>();
+    peer.num_sms = in.get<uint32_t>();
+    peer.proxies = in.get<uint32_t>();
+    in.finish();
+    return peer;
+  }
+};
+
+// --- open ------------------------------------------------------------------------------------------------
+
+Member::Member(int64_t group, int device, const MoeShape& shape, GroupConfig config,
+               const MemberOptions& options)
+    : id_(group), device_(device), shape_(shape), options_(options), token_(random_token()) {
+  const auto refuse = [&](const std::string& why) {
+    throw Error(ErrorKind::kInvalidArgument, "group '" + config.name + "': " + why);
+  };
+  if (const std::string problem = alignment_problem(shape); !problem.empty()) refuse(problem);
+  if (shape.physical_experts() > kMaxExperts) {
+    refuse(std::to_string(shape.physical_experts()) + " experts (with replicas); GPUs take at most " +
+           std::to_string(kMaxExperts));
+  }
+  if (options.nvlink.size() != static_cast<size_t>(shape.num_ranks) || !options.nvlink[shape.rank]) {
+    refuse("the ranks to reach by NVLink are not those of the group");
+  }
+  if (options.num_sms < 1) refuse("num_sms is " + std::to_string(options.num_sms));
+  int most = 0;
+  {
+    const OnDevice current(device);
+    check(load_kernels(shape, &most), "loading kernels for " + std::to_string(shape.physical_experts()) +
+                                          " experts on CUDA device " + std::to_string(device));
+  }
+  if (options.num_sms > most) {
+    refuse("num_sms is " + std::to_string(options.num_sms) + ", CUDA device " + std::to_string(device) +
+           " runs at most " + std::to_string(most) + " of these blocks at a time: pass a lower num_sms=");
+  }
+  block_ = &control_block(group, device);
+  group_ = std::make_unique<ExchangeGroup>(with_buffers(std::move(config), shape, options.proxies));
+  layout_ = {.lanes = static_cast<int32_t>(2 * group_->config().depth),
+             .ranks = shape.num_ranks,
+             .chunk = shape.chunk,
+             .region_bytes = static_cast<int64_t>(buffer_sizes(shape).region_bytes)};
+  allocate();
+}
+
+void Member::allocate() {
+  const GroupConfig& config = group_->config();
+  const auto ranks = static_cast<size_t>(shape_.num_ranks);
+  const auto lanes = static_cast<size_t>(layout_.lanes);
+  regions_ = std::make_shared<DeviceRegions>(device_, static_cast<size_t>(layout_.bytes()),
+                                             "the regions that peers write");
+  LocalRegions::instance().put(token_, regions_);
+  const size_t choices = lanes * static_cast<size_t>(shape_.max_tokens) * static_cast<size_t>(shape_.top_k);
+  const size_t counts = ranks * static_cast<size_t>(shape_.experts_per_rank);
+  scratch_ = std::make_unique<DeviceRegions>(
+      device_, ranks * sizeof(std::byte*) + (2 * choices + counts) * sizeof(uint32_t), "scratch");
+  pinned_ = std::make_unique<PinnedMemory>(device_, sizeof(HostControl) + lanes * ranks * sizeof(uint32_t));
+  host().stall_ns = nanoseconds(config.stall_timeout);
+  host().first_stall_ns = nanoseconds(config.first_stall_timeout);
+  if (options_.proxies) {
+    const auto regions = group_->regions(), staging = group_->staging();
+    host_regions_ = std::make_unique<PinnedView>(device_, regions.data(), regions.size());
+    host_staging_ = std::make_unique<PinnedView>(device_, staging.data(), staging.size());
+  }
+  if (options_.shares) {
+    server_ = std::make_unique<FdServer>(regions_->export_fd(), token_, static_cast<uint32_t>(shape_.rank));
+  }
+  shared_.resize(ranks);
+  imported_.resize(ranks);
+  peers_.resize(ranks);
+}
+
+Bytes Member::endpoint() const {
+  return Peer{.group = group_->endpoint(),
+              .uuid = device_info(device_).uuid,
+              .socket = server_ != nullptr ? server_->name() : "",
+              .token = token_,
+              .layout_bytes = static_cast<uint64_t>(layout_.bytes()),
+              .mapped_bytes = regions_->bytes(),
+              .num_sms = static_cast<uint32_t>(options_.num_sms),
+              .proxies = options_.proxies ? 1U : 0U}
+      .encode();
+}
+
+void Member::connect(const std::vector<Bytes>& endpoints) {
+  mark_.require("the group");
+  std::vector<Peer> peers;
+  std::vector<Bytes> groups;
+  for (const Bytes& endpoint : endpoints) {
+    peers.push_back(Peer::decode(endpoint));
+    groups.push_back(peers.back().group);
+  }
+  group_->connect(groups);
+  const auto deadline = Clock::now() + group_->config().timeout;
+  const auto own = static_cast<uint32_t>(shape_.rank);
+  for (uint32_t rank = 0; rank < peers.size(); ++rank) {
+    const auto differs = [&](const char* what, uint64_t ours, uint64_t theirs) {
+      if (ours == theirs) return;
+      throw Error(ErrorKind::kMismatch, "group '" + name() + "': " + what + " is " + std::to_string(ours) +
+                                            " on " + group_->rank_name(own) + " and " +
+                                            std::to_string(theirs) + " on " + group_->rank_name(rank) +
+                                            ": give every rank the same arguments");
+    };
+    differs("num_sms", static_cast<uint64_t>(options_.num_sms), peers[rank].num_sms);
+    differs("whether NVLink reaches all ranks", options_.proxies ? 1 : 0, peers[rank].proxies);
+    differs("the number of bytes of the regions", static_cast<uint64_t>(layout_.bytes()),
+            peers[rank].layout_bytes);
+    if (options_.nvlink[rank]) reach(rank, peers[rank], deadline);
+  }
+}
+
+void Member::reach(uint32_t rank, const Peer& peer, Clock::time_point deadline) {
+  if (rank == static_cast<uint32_t>(shape_.rank)) {
+    peers_[rank] = regions_->data();
+    return;
+  }
+  try {
+    if (auto local = LocalRegions::instance().find(peer.token)) {
+      if (local->device() == device_ || !peer_access(device_, local->device())) {
+        throw Error(ErrorKind::kFabric, "CUDA devices " + std::to_string(device_) + " and " +
+                                            std::to_string(local->device()) + " have no peer access");
+      }
+      shared_[rank] = std::move(local);
+      peers_[rank] = shared_[rank]->data();
+      return;
+    }
+    if (peer.mapped_bytes < peer.layout_bytes || peer.mapped_bytes > peer.layout_bytes + (1ULL << 30)) {
+      throw Error(ErrorKind::kPeer, "it announces " + std::to_string(peer.mapped_bytes) + " bytes");
+    }
+    const OwnedFd fd = fetch_fd(peer.socket, peer.token, rank, deadline);
+    imported_[rank] = std::make_unique<ImportedRegions>(device_, fd, peer.mapped_bytes);
+    peers_[rank] = imported_[rank]->data();
+  } catch (const Error& error) {
+    throw Error(error.kind() == ErrorKind::kTimeout ? ErrorKind::kTimeout : ErrorKind::kFabric,
+                "group '" + name() + "': GPU memory of " + group_->rank_name(rank) + ", on GPU " + peer.uuid +
+                    " of this host, cannot be used from CUDA device " + std::to_string(device_) + ": " +
+                    error.what() +
+                    ". Pass nvlink=False, or a node_size= that parts the two ranks, to go through the host");
+  }
+}
+
+Control Member::control_values() {
+  Control control{};
+  control.open = 1;
+  control.lanes = static_cast<uint32_t>(layout_.lanes);
+  control.host = reinterpret_cast<HostControl*>(pinned_->device_data());
+  control.host_slots = reinterpret_cast<uint32_t*>(pinned_->device_data() + sizeof(HostControl));
+  control.host_regions = host_regions_ != nullptr ? host_regions_->device_data() : nullptr;
+  control.host_staging = host_staging_ != nullptr ? host_staging_->device_data() : nullptr;
+  const size_t choices =
+      size_t{control.lanes} * static_cast<size_t>(shape_.max_tokens) * static_cast<size_t>(shape_.top_k);
+  std::byte* at = scratch_->data();
+  control.peers = reinterpret_cast<std::byte* const*>(at);
+  at += peers_.size() * sizeof(std::byte*);
+  control.ordinals = reinterpret_cast<uint32_t*>(at);
+  at += choices * sizeof(uint32_t);
+  control.slots = reinterpret_cast<int32_t*>(at);
+  at += choices * sizeof(int32_t);
+  control.counts = reinterpret_cast<uint32_t*>(at);
+  return control;
+}
+
+void Member::publish() {
+  const std::lock_guard guard(lifetime_);
+  if (closed_ || published_) return;
+  server_.reset();  // everybody has what it hands out
+  // Kernels of an equal group that was closed are still queued, and would see this one's block change.
+  if (block_->stuck && !wait_idle(device_, kIdleLimit)) {
+    throw Error(ErrorKind::kFabric,
+                "group '" + name() + "': CUDA device " + std::to_string(device_) +
+                    " still runs programs of the equal group that was closed before: wait "
+                    "for their results before you connect");
+  }
+  block_->stuck = false;
+  const Control values = control_values();
+  {
+    const OnDevice current(device_);
+    const Stream stream(device_);
+    check(cudaMemcpyAsync(scratch_->data(), peers_.data(), peers_.size() * sizeof(std::byte*),
+                          cudaMemcpyHostToDevice, stream.get()),
+          "writing a group's table of peers");
+    stream.wait("writing a group's table of peers");
+  }
+  block_->write(values);
+  std::vector<bool> by_proxy = options_.nvlink;
+  by_proxy.flip();
+  courier_ = std::make_unique<Courier>(
+      CourierConfig{.group = *group_,
+                    .shape = shape_,
+                    .sites = block_->sites,
+                    .host = host(),
+                    .slots = reinterpret_cast<const uint32_t*>(pinned_->data() + sizeof(HostControl)),
+                    .by_proxy = std::move(by_proxy)});
+  published_ = true;
+}
+
+// --- use -------------------------------------------------------------------------------------------------
+
+KernelCall Member::call(Kind kind, uint64_t tag, std::string_view site, int64_t tokens) {
+  mark_.require("the group");
+  if (closed_) {
+    throw Error(ErrorKind::kClosed, "group '" + name() +
+                                        "' was closed; open it again with the same arguments (no "
+                                        "recompilation is needed) before running " +
+                                        std::string(site));
+  }
+  if (const auto failed = failure()) throw Error(*failed);
+  return {.control = block_->control,
+          .shape = shape_,
+          .layout = layout_,
+          .kind = kind,
+          .site = block_->sites.index(kind, tag, site),
+          .tag = tag,
+          .tokens = static_cast<int32_t>(tokens),
+          .num_sms = options_.num_sms};
+}
+
+void Member::fail(const std::string& why) {
+  group_->fail(Error(ErrorKind::kPeer, why), static_cast<uint32_t>(shape_.rank));
+  const std::lock_guard guard(lifetime_);
+  if (pinned_ != nullptr) std::atomic_ref(host().abort).store(1, std::memory_order_release);
+}
+
+std::optional<std::pair<Error, bool>> Member::take_data_error() {
+  const std::lock_guard guard(lifetime_);
+  if (pinned_ == nullptr) return std::nullopt;
+  const auto record = read_fault(host().data_error);
+  if (!record) return std::nullopt;
+  // In this order: a kernel that sees the count may write the next record.
+  std::atomic_ref(host().data_error.complete).store(0, std::memory_order_release);
+  std::atomic_ref(host().data_errors_taken).fetch_add(1, std::memory_order_release);
+  return std::pair(fault_error({*group_, shape_, block_->sites}, *record),
+                   record->culprit == static_cast<uint32_t>(shape_.rank));
+}
+
+MemberStats Member::stats() const {
+  const std::lock_guard guard(lifetime_);
+  const auto bytes = [](const auto& memory) { return memory != nullptr ? memory->bytes() : 0; };
+  MemberStats stats{.group = group_->stats(), .nvlink = options_.nvlink, .num_sms = options_.num_sms};
+  stats.device_bytes = bytes(regions_) + bytes(scratch_);
+  stats.pinned_bytes = bytes(pinned_) + bytes(host_regions_) + bytes(host_staging_);
+  return stats;
+}
+
+// --- close -----------------------------------------------------------------------------------------------
+
+Member::~Member() {
+  close();
+  if (stuck_) static_cast<void>(group_.release());
+}
+
+void Member::close() {
+  const std::lock_guard guard(lifetime_);
+  if (closed_.exchange(true)) return;
+  if (mark_.forked()) {
+    // The parent's: neither its threads nor its context are here.
+    static_cast<void>(server_.release());
+    static_cast<void>(courier_.release());
+    release(false);
+    return;
+  }
+  server_.reset();
+  bool idle = true;
+  if (published_) {
+    // What is under way is given the time that it may need; what waits for peers then ends.
+    idle = wait_idle(device_, kFinishLimit);
+    std::atomic_ref(host().abort).store(1, std::memory_order_release);
+    if (!idle) idle = wait_idle(device_, kIdleLimit);
+    try {
+      if (idle) {
+        group_->count_sent(block_->next());
+        block_->shut();
+      }
+    } catch (const std::exception& error) {
+      idle = false;
+      log(LogLevel::kWarn, Field("event", "close"), ' ', Field("group", name()), ' ',
+          Field("message", error.what()));
+    }
+  }
+  courier_.reset();
+  group_->close();
+  release(idle);
+}
+
+// Memory that kernels may still use stays: they are told to end, and read that in it.
+void Member::release(bool idle) {
+  stuck_ = !idle;
+  if (idle) {
+    host_staging_.reset();
+    host_regions_.reset();
+    imported_.clear();
+    shared_.clear();
+    scratch_.reset();
+    regions_.reset();
+    pinned_.reset();
+    return;
+  }
+  block_->stuck = true;
+  static_cast<void>(host_staging_.release());
+  static_cast<void>(host_regions_.release());
+  for (auto& imported : imported_) static_cast<void>(imported.release());
+  static auto* leaked = new std::vector<std::shared_ptr<DeviceRegions>>;
+  static auto* mutex = new std::mutex;
+  const std::lock_guard guard(*mutex);
+  leaked->push_back(std::move(regions_));
+  for (auto& shared : shared_) leaked->push_back(std::move(shared));
+  static_cast<void>(scratch_.release());
+  static_cast<void>(pinned_.release());
+}
+
+}  // namespace pplx::moe::cuda
