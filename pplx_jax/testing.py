@@ -20,8 +20,8 @@ internals until they are needed, but ``import pplx_jax`` may import JAX: set ``X
 Nothing here can hang: a call that does not return within its timeout makes every rank print the stacks of
 its threads, kills the ranks and raises :class:`ProcessFailure`. So does a rank that raises or dies, with
 its traceback and the end of its output, unless the caller asked for that (``allow_failures``,
-``expect_death``). The processes run on CPU with gloo collectives unless ``env`` says otherwise, and end
-with the process that started them.
+``expect_death``). The processes run on CPU with gloo collectives unless ``env`` says otherwise
+(``JAX_PLATFORMS=cuda``: each on GPUs of its own), and end with the process that started them.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class ProcessPool:
 
     Args:
         num_processes: ranks, at least 1.
-        devices_per_process: virtual CPU devices of each rank, at least 1.
+        devices_per_process: virtual CPU devices, or GPUs, of each rank, at least 1.
         timeout: seconds that a call may take unless :meth:`run` says otherwise.
         env: environment variables to set in the ranks (``None`` removes one), on top of this process's.
         distributed: whether to call :func:`jax.distributed.initialize`; by default where there are several.
@@ -276,7 +276,9 @@ class ProcessPool:
                     self._coordinator = self._spawn_coordinator(coordinator)
                 for index in range(self.num_processes):
                     self._ranks.append(self._spawn(index))
-                    setup = Setup(index, self.num_processes, coordinator, self._start_timeout)
+                    setup = Setup(
+                        index, self.num_processes, coordinator, self._start_timeout, self.devices_per_process
+                    )
                     self._ranks[-1].connection.send_bytes(pickle.dumps(setup))
                 outcomes = self._collect(self._start_timeout, patient=False)
             except BaseException:

@@ -108,6 +108,7 @@ class Setup:
     num_processes: int
     coordinator: str | None
     start_timeout: float
+    devices_per_process: int = 1
 
 
 def _watch_lifeline(descriptor: int) -> None:
@@ -170,8 +171,17 @@ def _start(setup: Setup) -> None:
         setup.coordinator,
         setup.num_processes,
         setup.rank,
+        local_device_ids=_own_gpus(setup),
         initialization_timeout=max(1, int(setup.start_timeout)),
     )
+
+
+def _own_gpus(setup: Setup) -> list[int] | None:
+    # Without a choice every process of a host would take all of its GPUs.
+    if not os.environ.get("JAX_PLATFORMS", "").startswith(("cuda", "gpu")):
+        return None
+    first = setup.rank * setup.devices_per_process
+    return list(range(first, first + setup.devices_per_process))
 
 
 def rank_main() -> None:
