@@ -14,8 +14,7 @@ from pplx_jax.errors import (
 from pplx_jax.expert_parallel import Batch, ExpertParallel, Route, SentCombine, SentDispatch
 from pplx_jax.ops import export_checks
 from pplx_jax.remat import moe_remat
-
-__version__ = "0.1.0"
+from pplx_jax.version import __version__ as __version__
 
 __all__ = [
     "Address",

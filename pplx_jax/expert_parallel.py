@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from pplx_jax import _core, arguments, environment, halves, ops, results
+from pplx_jax import _core, arguments, environment, gpu, halves, ops, results
 from pplx_jax.config import MAX_RANKS, ExchangeConfig
 from pplx_jax.fabric import Fabric
 from pplx_jax.membership import Membership
@@ -49,6 +49,11 @@ class ExpertParallel:
       stall_timeout: seconds to wait for a live peer that doesn't reach an exchange; three times that at a
         call's first execution. At most 50 where several ranks share a process, as XLA aborts a process
         whose collective is stuck for 60.
+      nvlink: on GPUs: kernels write into the memory of ranks on the same host themselves. False: all goes
+        through the host and ``fabric``.
+      node_size: on GPUs: only ranks r of equal r // node_size do so; default all on the same host.
+      num_sms: on GPUs: multiprocessors that an exchange may take, equal on all ranks; default 64, or what the
+        smallest GPU of the group has.
 
     Raises:
       TypeError, ValueError: which argument, what it was, what is allowed.
@@ -65,6 +70,9 @@ class ExpertParallel:
         fabric: str = "auto",
         timeout: float | None = None,
         stall_timeout: float = 300.0,
+        nvlink: bool = True,
+        node_size: int | None = None,
+        num_sms: int | None = None,
         **config_fields: Any,
     ) -> None:
         if not isinstance(mesh, (Mesh, AbstractMesh)):
@@ -119,7 +127,13 @@ class ExpertParallel:
         self.group_id = _hash63("group", *self._value)
         # Not in group_id: compiled programs revive on a group with another map, which is their operand.
         self.map_digest = _hash63("expert_map", *self.expert_map.tolist())
-        self._membership = Membership(self, Fabric.parse(fabric), float(timeout), float(stall_timeout))
+        self._membership = Membership(
+            self,
+            Fabric.parse(fabric),
+            float(timeout),
+            float(stall_timeout),
+            gpu.Options(nvlink, node_size, num_sms),
+        )
         # A group that nobody refers to any more frees its memory and name; so does the interpreter's exit.
         weakref.finalize(self, self._membership.close)
 
@@ -410,7 +424,8 @@ class ExpertParallel:
             ``ranks``: for each local rank its ``exchanges``, and ``peers`` by rank: ``process`` (host and
             pid), ``sent_bytes``, ``received_bytes``, and how late its messages came, in seconds after this
             rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``
-            and ``longest_wait_seconds`` for an exchange;
+            and ``longest_wait_seconds`` for an exchange; on GPUs ``transport`` ("nvlink" or "proxy") too, and
+            no waits; the rank's ``device_bytes``, ``pinned_bytes`` and ``num_sms``;
             ``slowest``: the rank that was waited for longest: ``rank`` and, with further mesh axes,
             ``slice``, ``process``, ``seconds`` in all and ``longest`` for one exchange; None where nobody was
             waited for, as on the slowest rank itself.
@@ -440,3 +455,5 @@ class ExpertParallel:
 
 __all__ = ["Batch", "ExpertParallel", "Route", "SentCombine", "SentDispatch"]
 _core.set_connector(Membership.connect_by_id)
+if (_cuda := gpu.extension()) is not None:
+    _cuda.set_connector(Membership.connect_by_id)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pplx_jax import _core, bootstrap, compat, environment
+from pplx_jax import _core, bootstrap, compat, environment, gpu
 from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import FabricError, GroupClosedError, MismatchError, make_error
 from pplx_jax.fabric import Fabric
 
 if TYPE_CHECKING:
+    from pplx_jax import _cuda
     from pplx_jax.expert_parallel import ExpertParallel
+
+    Member: TypeAlias = _core.Member | _cuda.Member
 
 #: XLA aborts a process whose in-process collective is stuck for 60 s; our waits end before.
 _SHARED_PROCESS_STALL = 50.0
@@ -49,7 +53,14 @@ os.register_at_fork(after_in_child=_forget_groups)
 class Membership:
     """Connects, checks and closes on behalf of an ``ExpertParallel``."""
 
-    def __init__(self, group: ExpertParallel, fabric: Fabric, timeout: float, stall_timeout: float) -> None:
+    def __init__(
+        self,
+        group: ExpertParallel,
+        fabric: Fabric,
+        timeout: float,
+        stall_timeout: float,
+        gpu_options: gpu.Options,
+    ) -> None:
         self._group_id = group.group_id
         self._name = group.name
         self._value = f"{group._value!r} with expert_map {group.map_digest:x}"
@@ -61,7 +72,8 @@ class Membership:
         self._fabric = fabric
         self._timeout = timeout
         self._stall_timeout = stall_timeout
-        self._members: dict[int, _core.Member] = {}
+        self._gpu_options = gpu_options
+        self._members: dict[int, Member] = {}
         self._slices: list[int] = []  # of the members, in their order
         self._process = os.getpid()
         self._closed = False
@@ -117,37 +129,55 @@ class Membership:
                     _live.pop(self._name, None)
                 raise
 
-    def _open(self, mesh: Mesh, generation: int) -> dict[int, _core.Member]:
+    def _open(self, mesh: Mesh, generation: int) -> dict[int, Member]:
         ranks = self._ranks(mesh)
         process = jax.process_index()
         processes = tuple(sorted({device.process_index for device in mesh.devices.flat}))
         if process not in processes:
             raise ValueError(f"process {process} has no device in the group's mesh")
+        on_gpus = _on_gpus(mesh)
+        local = {device: place for device, place in ranks.items() if device.process_index == process}
         boot = bootstrap.Bootstrap(f"{self._group_id:x}/{generation}", process, processes, self._timeout)
-        fabric, address = self._choose_fabric(boot)
+        most_sms = self._most_sms(list(local)) if on_gpus else 0
+        meeting = self._meet(boot, on_gpus, most_sms)
+        fabric, address = meeting.fabric, meeting.address
         set_library_search_path()
-        local = {device.id: place for device, place in ranks.items() if device.process_index == process}
-        members: dict[int, _core.Member] = {}
+        slices: dict[int, list[Any]] = {}
+        for device, (slice_index, _) in ranks.items():  # in the order of their ranks
+            slices.setdefault(slice_index, []).append(device)
+        topologies = {s: gpu.Topology.of(d, meeting.hosts, self._gpu_options) for s, d in slices.items()}
+        members: dict[int, Member] = {}
         try:
             nics = environment.nics() or ("",)
             launches = {slice_index: _core.Launches() for slice_index, _ in local.values()}
             for number, (device, (slice_index, rank)) in enumerate(local.items()):
                 shape = self._config.shape(rank, self._num_ranks, self._experts_per_rank)
-                config = self._group_config(fabric, address, nics[number % len(nics)], len(local) > 1)
+                # On GPUs no runtime watches for collectives that are stuck.
+                shared = len(local) > 1 and not on_gpus
+                config = self._group_config(fabric, address, nics[number % len(nics)], shared)
                 config.launches = launches[slice_index]
                 _set_network(config, fabric, f"{self._group_id:x}/{generation}/{slice_index}", rank)
-                members[device] = _core.Member(self._group_id, device, shape, config)
+                if on_gpus:
+                    members[device.id] = gpu.open_member(
+                        self._group_id,
+                        device,
+                        shape,
+                        config,
+                        **topologies[slice_index].arguments(rank, meeting.most_sms),
+                    )
+                else:
+                    members[device.id] = _core.Member(self._group_id, device.id, shape, config)
             endpoints = self._exchange_endpoints(boot, members)
             for device, (slice_index, _) in local.items():
                 peers = {rank: d.id for d, (s, rank) in ranks.items() if s == slice_index}
-                members[device].connect([endpoints[peers[rank]] for rank in range(self._num_ranks)])
+                members[device.id].connect([endpoints[peers[rank]] for rank in range(self._num_ranks)])
             boot.barrier("connected")
+            for member in members.values():
+                member.publish()
         except BaseException:
             for member in members.values():
                 member.close()
             raise
-        for member in members.values():
-            member.publish()
         self._slices = [slice_index for slice_index, _ in local.values()]
         return members
 
@@ -158,8 +188,13 @@ class Membership:
         table = np.transpose(mesh.devices, order).reshape(-1, self._num_ranks)
         return {table[s, r]: (s, r) for s in range(table.shape[0]) for r in range(table.shape[1])}
 
-    def _choose_fabric(self, boot: bootstrap.Bootstrap) -> tuple[Fabric, str]:
-        """The fabric that all processes use, and the address to listen on."""
+    def _most_sms(self, devices: list[jax.Device]) -> int:
+        """Blocks of our kernels that the least able of these GPUs runs at a time; loads the kernels."""
+        shape = self._config.shape(0, self._num_ranks, self._experts_per_rank)
+        return min(int(gpu.require().most_blocks(gpu.ordinal(device), shape)) for device in devices)
+
+    def _meet(self, boot: bootstrap.Bootstrap, on_gpus: bool, most_sms: int) -> _Meeting:
+        """What all processes agree on."""
         fabric, source = self._fabric, "fabric="
         if fabric.name == "auto" and (wanted := environment.fabric()) is not None:
             fabric, source = wanted, "PPLX_FABRIC="
@@ -170,10 +205,12 @@ class Membership:
             "fabric": str(fabric),
             "value": self._value,
             "asked": f"{source}{fabric}",
+            "gpu": str(self._gpu_options) if on_gpus else "",
+            "most_sms": str(most_sms),
         }
         everybody = cast("dict[int, dict[str, str]]", boot.exchange_json("hello", hello))
         for process, other in everybody.items():
-            for what, shown in (("value", "value"), ("fabric", "asked")):
+            for what, shown in (("value", "value"), ("fabric", "asked"), ("gpu", "gpu")):
                 if other[what] != hello[what]:
                     raise MismatchError(
                         f"group '{self._name}' is configured differently on process {boot.process} on "
@@ -185,13 +222,15 @@ class Membership:
             raise ValueError(
                 f"{source}{fabric}: '{fabric.name}' reaches only ranks of one process; use 'shm' or 'tcp'"
             )
-        one_host = len({other["host"] for other in everybody.values()}) == 1
+        hosts = {process: other["host"] for process, other in everybody.items()}
+        one_host = len(set(hosts.values())) == 1
         if fabric.name == "auto":
             fabric = Fabric("local" if alone else "shm" if one_host else "tcp", fabric.endpoints)
         address = environment.socket_address()
         if address is None:
             address = "127.0.0.1" if one_host else bootstrap.address_towards(compat.coordinator_address())
-        return fabric, address
+        most = min(int(other["most_sms"]) for other in everybody.values())
+        return _Meeting(fabric, address, hosts, most)
 
     def _group_config(
         self, fabric: Fabric, address: str, nic: str, shares_process: bool
@@ -208,9 +247,7 @@ class Membership:
         config.set_fabric(fabric.name, fabric.endpoints, address, nic)
         return config
 
-    def _exchange_endpoints(
-        self, boot: bootstrap.Bootstrap, members: dict[int, _core.Member]
-    ) -> dict[int, bytes]:
+    def _exchange_endpoints(self, boot: bootstrap.Bootstrap, members: dict[int, Member]) -> dict[int, bytes]:
         mine = {str(d): base64.b64encode(member.endpoint()).decode() for d, member in members.items()}
         everybody = cast("dict[int, dict[str, str]]", boot.exchange_json("endpoints", mine))
         return {int(d): base64.b64decode(e) for other in everybody.values() for d, e in other.items()}
@@ -305,6 +342,26 @@ class Membership:
                     member.close()
             for thread in threads:
                 thread.join()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Meeting:
+    fabric: Fabric
+    """The one that all processes use."""
+    address: str
+    """To listen on."""
+    hosts: dict[int, str]
+    """By process."""
+    most_sms: int
+    """On GPUs: blocks of a kernel that every device runs at a time."""
+
+
+def _on_gpus(mesh: Mesh) -> bool:
+    """Whether the group needs kernels; all its devices or none."""
+    platforms = {device.platform for device in mesh.devices.flat}
+    if len(platforms) > 1:
+        raise ValueError(f"a group's devices must be of one platform, the mesh has {sorted(platforms)}")
+    return bool(gpu.is_gpu(mesh.devices.flat[0]))
 
 
 def _set_network(config: _core.GroupConfig, fabric: Fabric, network: str, rank: int) -> None:

@@ -18,11 +18,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from pplx_jax import _core, compat
+from pplx_jax import _core, compat, gpu
 from pplx_jax.config import SCALE_BLOCK
 
 for _name, _handler in _core.registrations().items():
     jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+if (_cuda := gpu.extension()) is not None:
+    for _name, _handler in _cuda.registrations().items():
+        jax.ffi.register_ffi_target(_name, _handler, platform="CUDA")
 
 #: Operands that only order: float32 or integer arrays of at most one element.
 After: TypeAlias = tuple[jax.Array, ...]

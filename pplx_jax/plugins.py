@@ -6,8 +6,9 @@ which names a function that returns a dict, so that a plugin imports nothing of 
 * ``abi``: the number ``ABI`` that it was built for;
 * ``version``: its own version, which must be this package's, as kernels and Python agree on every array;
 * ``platform``: the XLA platform of its kernels, and ``cuda``: the CUDA major version that it needs;
-* ``registrations``: custom-call targets by name, as ``jax.ffi.register_ffi_target`` takes them. Empty in this
-  version: there are no CUDA kernels yet.
+* ``registrations``: custom-call targets by name, as ``jax.ffi.register_ffi_target`` takes them;
+* ``extension``: name of the module with the plugin's groups, of ``pplx_jax._cuda``'s interface; "" where the
+  plugin was built without kernels.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pplx_jax.version import __version__
+
 #: Of the dict above and of the targets' signatures.
-ABI = 1
+ABI = 2
 GROUP = "pplx_jax.plugins"
 
 
@@ -31,13 +34,12 @@ class Plugin:
     platform: str = ""
     cuda: int = 0
     registrations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extension: str = ""
     problem: str | None = None
 
 
 def discover(own_version: str | None = None) -> list[Plugin]:
     """All installed plugins, by name. Loads them, but touches neither JAX nor a device."""
-    from pplx_jax import __version__
-
     found = [
         _load(point, own_version or __version__) for point in importlib.metadata.entry_points(group=GROUP)
     ]
@@ -53,6 +55,7 @@ def _load(point: importlib.metadata.EntryPoint, own_version: str) -> Plugin:
             platform=str(described["platform"]),
             cuda=int(described["cuda"]),
             registrations=dict(described["registrations"]),
+            extension=str(described["extension"]),
         )
         abi = described["abi"]
     except Exception as error:  # whatever a foreign module does, this package must still import

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <map>
+#include <thread>
 #include <utility>
 
 #include "proxy/bytes.h"
@@ -13,8 +15,9 @@
 namespace pplx::moe::cuda {
 namespace {
 
-constexpr uint32_t kEndpointMagic = 0x47504d45;       // "EMPG"
-constexpr int kIdleLimit = 2000, kFinishLimit = 200;  // milliseconds
+constexpr uint32_t kEndpointMagic = 0x47504d45;  // "EMPG"
+// Milliseconds.
+constexpr int kIdleLimit = 2000, kFinishLimit = 200, kFailureLimit = 200;
 // A message that says nothing but its header; ExchangeGroup wants room for it.
 constexpr size_t kHeaderOnly = 512;
 
@@ -307,7 +310,7 @@ KernelCall Member::call(Kind kind, uint64_t tag, std::string_view site, int64_t 
                                         "recompilation is needed) before running " +
                                         std::string(site));
   }
-  if (const auto failed = failure()) throw Error(*failed);
+  if (const auto failed = group_->failure()) throw Error(*failed);
   return {.control = block_->control,
           .shape = shape_,
           .layout = layout_,
@@ -322,6 +325,16 @@ void Member::fail(const std::string& why) {
   group_->fail(Error(ErrorKind::kPeer, why), static_cast<uint32_t>(shape_.rank));
   const std::lock_guard guard(lifetime_);
   if (pinned_ != nullptr) std::atomic_ref(host().abort).store(1, std::memory_order_release);
+}
+
+std::optional<Error> Member::failure() const {
+  const std::lock_guard guard(lifetime_);
+  // What a kernel has recorded is the courier's to tell; it looks every few milliseconds.
+  const auto limit = Clock::now() + std::chrono::milliseconds(kFailureLimit);
+  while (courier_ != nullptr && !group_->failure() && read_fault(host().failure) && Clock::now() < limit) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return group_->failure();
 }
 
 std::optional<std::pair<Error, bool>> Member::take_data_error() {
@@ -340,6 +353,11 @@ MemberStats Member::stats() const {
   const std::lock_guard guard(lifetime_);
   const auto bytes = [](const auto& memory) { return memory != nullptr ? memory->bytes() : 0; };
   MemberStats stats{.group = group_->stats(), .nvlink = options_.nvlink, .num_sms = options_.num_sms};
+  // Where all ranks are on NVLink kernels count alone.
+  if (pinned_ != nullptr) {
+    const uint64_t entered = std::atomic_ref(host().entered).load(std::memory_order_acquire);
+    stats.group.exchanges = std::max(stats.group.exchanges, entered);
+  }
   stats.device_bytes = bytes(regions_) + bytes(scratch_);
   stats.pinned_bytes = bytes(pinned_) + bytes(host_regions_) + bytes(host_staging_);
   return stats;

@@ -53,7 +53,7 @@ class Member {
   void close();
   bool closed() const noexcept { return closed_.load(); }
   void fail(const std::string& why);
-  std::optional<Error> failure() const { return group_->failure(); }
+  std::optional<Error> failure() const;
   // The data error and whether it is this rank's own; the group works again.
   std::optional<std::pair<Error, bool>> take_data_error();
   MemberStats stats() const;
