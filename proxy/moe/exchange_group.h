@@ -123,6 +123,8 @@ class ExchangeGroup {
   void count_sent(uint64_t exchanges);
   // A peer that closed the group before it had sent `exchange`.
   std::optional<uint32_t> gone_before(uint64_t exchange);
+  // What peers say of their end: fails the group when one has failed. Done now and then without being asked.
+  void read_notices();
 
  private:
   friend class Exchange;
@@ -162,7 +164,6 @@ class ExchangeGroup {
   void monitor();
   void beat();
   void check_liveness(Clock::time_point now, Duration absent);
-  void read_notices();  // fails the group when a peer said that it failed
   // Records the failure unless there is one. Returns whether it is the first.
   bool record_failure(const Error& error);
   void broadcast(const AbortNotice& notice, NoticeSlot slot);

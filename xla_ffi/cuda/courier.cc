@@ -18,6 +18,7 @@ namespace {
 // All of a process's exchanges on a GPU count as one execution: only the device knows where one ends.
 constexpr int64_t kRun = 0;
 constexpr auto kWatchEvery = std::chrono::milliseconds(5);
+constexpr auto kNoticeGrace = std::chrono::milliseconds(300);
 constexpr unsigned kSpins = 2000;
 constexpr auto kNap = std::chrono::microseconds(20);
 
@@ -43,6 +44,12 @@ Courier::Courier(CourierConfig config)
 Courier::~Courier() {
   stop_ = true;
   thread_.join();
+}
+
+void Courier::drain(uint64_t exchanges, Clock::time_point deadline) const {
+  while (carries_ && next_ < exchanges && !config_.group.failure() && Clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
 }
 
 void Courier::work() {
@@ -94,13 +101,14 @@ int64_t Courier::body_bytes(const CallSite& site, uint32_t round, uint32_t slots
 }
 
 bool Courier::post_next() {
-  const auto lane = static_cast<uint32_t>(next_ % lanes_);
+  const uint64_t number = next_;
+  const auto lane = static_cast<uint32_t>(number % lanes_);
   Submission& submission = config_.host.submissions[lane];
-  if (load(submission.epoch) < next_ + 1) return false;
+  if (load(submission.epoch) < number + 1) return false;
   const Site* site = config_.sites.at(submission.site);
   if (site == nullptr || submission.kind >= kKinds) {
     throw Error(ErrorKind::kPeer,
-                "a kernel submitted exchange " + std::to_string(next_) + " of no known call");
+                "a kernel submitted exchange " + std::to_string(number) + " of no known call");
   }
   const uint32_t round = submission.round;
   const bool poisoned = submission.poisoned != 0;
@@ -118,7 +126,7 @@ bool Courier::post_next() {
     exchange.post(slots, poisoned);
   }
   underway_.push_back({.ticket = exchange.park(poisoned), .site = call, .round = round, .patience = {}});
-  ++next_;
+  next_ = number + 1;
   return true;
 }
 
@@ -162,6 +170,7 @@ bool Courier::sound(Exchange& exchange, const Underway& underway) const {
 
 void Courier::watch() {
   ExchangeGroup& group = config_.group;
+  if (!group.closed()) group.read_notices();
   if (!failure_seen_) {
     if (const auto record = read_fault(config_.host.failure)) report_failure(*record);
   }
@@ -185,6 +194,11 @@ void Courier::report_failure(const FaultRecord& record) {
     underway_.front().patience.since = Clock::time_point{};
     blamed_ = true;
     return;
+  }
+  if (record.fault == Fault::kNotice && !group.failure()) {
+    // Over the network comes what that failure was, a little later than over NVLink that there was one.
+    if (!noticed_) noticed_ = Clock::now();
+    if (Clock::now() - *noticed_ < kNoticeGrace) return;
   }
   failure_seen_ = true;
   // The host ended the wait: it knows why, or is closing.

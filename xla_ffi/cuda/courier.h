@@ -34,6 +34,8 @@ class Courier {
   ~Courier();
   Courier(const Courier&) = delete;
   Courier& operator=(const Courier&) = delete;
+  // Waits until this many exchanges have been posted, or the group has failed.
+  void drain(uint64_t exchanges, Clock::time_point deadline) const;
 
  private:
   // An exchange that was posted and has not arrived.
@@ -54,11 +56,12 @@ class Courier {
   void note_data_error();
 
   CourierConfig config_;
-  bool carries_;
+  std::atomic<bool> carries_;
   uint32_t lanes_;
-  uint64_t next_ = 0;
+  std::atomic<uint64_t> next_{0};  // exchange to post
   std::deque<Underway> underway_;
   bool failure_seen_ = false;
+  std::optional<Clock::time_point> noticed_;  // when a kernel said that a peer has failed
   bool blamed_ = false;  // a kernel's deadline was passed on to the oldest exchange under way
   uint64_t data_errors_noted_ = 0;
   std::atomic<bool> stop_{false};

@@ -32,6 +32,8 @@ void look_up(const char* name, F& function) {
 Driver load() {
   Driver driver{};
   look_up("cuGetErrorName", driver.get_error_name);
+  look_up("cuCtxGetCurrent", driver.get_current);
+  look_up("cuCtxSetCurrent", driver.set_current);
   look_up("cuDeviceGetAttribute", driver.device_get_attribute);
   look_up("cuMemGetAllocationGranularity", driver.get_granularity);
   look_up("cuMemCreate", driver.create);
@@ -71,16 +73,13 @@ void check(CUresult status, const std::string& what) {
   throw Error(ErrorKind::kFabric, what + ": " + (name != nullptr ? name : "unknown CUDA driver error"));
 }
 
+// Not cudaSetDevice() to go back: on a thread that had no device it would start CUDA on the first one.
 OnDevice::OnDevice(int device) {
-  check(cudaGetDevice(&before_), "asking for the current CUDA device");
-  if (before_ == device) return;
+  check(Driver::get().get_current(&before_), "asking for the current CUDA context");
   check(cudaSetDevice(device), "using CUDA device " + std::to_string(device));
-  changed_ = true;
 }
 
-OnDevice::~OnDevice() {
-  if (changed_) cudaSetDevice(before_);
-}
+OnDevice::~OnDevice() { Driver::get().set_current(before_); }
 
 Stream::Stream(int device) {
   const OnDevice current(device);

@@ -28,8 +28,7 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  CUcontext before_ = nullptr;
 };
 
 // The driver's functions that are used, looked up in the loaded driver: nothing links it, so that the module
@@ -38,6 +37,8 @@ struct Driver {
   static const Driver& get();  // throws kFabric where there is none
 
   decltype(&cuGetErrorName) get_error_name;
+  decltype(&cuCtxGetCurrent) get_current;
+  decltype(&cuCtxSetCurrent) set_current;
   decltype(&cuDeviceGetAttribute) device_get_attribute;
   decltype(&cuMemGetAllocationGranularity) get_granularity;
   decltype(&cuMemCreate) create;

@@ -17,7 +17,7 @@ namespace {
 
 constexpr uint32_t kEndpointMagic = 0x47504d45;  // "EMPG"
 // Milliseconds.
-constexpr int kIdleLimit = 2000, kFinishLimit = 200, kFailureLimit = 200;
+constexpr int kIdleLimit = 2000, kFinishLimit = 200, kFailureLimit = 1000;
 // A message that says nothing but its header; ExchangeGroup wants room for it.
 constexpr size_t kHeaderOnly = 512;
 
@@ -226,6 +226,7 @@ void Member::reach(uint32_t rank, const Peer& peer, Clock::time_point deadline) 
         throw Error(ErrorKind::kFabric, "CUDA devices " + std::to_string(device_) + " and " +
                                             std::to_string(local->device()) + " have no peer access");
       }
+      local->allow(device_);
       shared_[rank] = std::move(local);
       peers_[rank] = shared_[rank]->data();
       return;
@@ -389,7 +390,9 @@ void Member::close() {
     if (!idle) idle = wait_idle(device_, kIdleLimit);
     try {
       if (idle) {
-        group_->count_sent(block_->next());
+        const uint64_t sent = block_->next();
+        courier_->drain(sent, Clock::now() + std::chrono::milliseconds(kIdleLimit));
+        group_->count_sent(sent);
         block_->shut();
       }
     } catch (const std::exception& error) {

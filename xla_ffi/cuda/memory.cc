@@ -96,9 +96,6 @@ DeviceRegions::DeviceRegions(int device, size_t bytes, const char* what) : devic
   }
   mapping_.map(handle, mapped);
   mapping_.allow(device);
-  for (int peer = 0; peer < device_count(); ++peer) {
-    if (peer != device && peer_access(peer, device)) mapping_.allow(peer);
-  }
   const Stream stream(device);
   check(cudaMemsetAsync(mapping_.data(), 0, mapped, stream.get()), "clearing device memory");
   stream.wait("clearing device memory");

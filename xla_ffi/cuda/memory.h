@@ -48,7 +48,7 @@ class Mapping {
   bool held_ = false, mapped_ = false;
 };
 
-// Memory of one device, mapped for it and for every device of this process that reaches it.
+// Memory of one device, mapped for it.
 class DeviceRegions {
  public:
   // `what` names it in errors.
@@ -56,6 +56,8 @@ class DeviceRegions {
   int device() const noexcept { return device_; }
   std::byte* data() const noexcept { return mapping_.data(); }
   size_t bytes() const noexcept { return mapping_.bytes(); }
+  // For another device of this process.
+  void allow(int device) { mapping_.allow(device); }
   // For another process of this host.
   OwnedFd export_fd() const;
 
