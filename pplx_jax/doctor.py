@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pplx_jax import _core, environment, plugins
+from pplx_jax import _core, environment, gpu, plugins
 from pplx_jax.engine import TransferEngine
 from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import PplxError
@@ -61,6 +61,7 @@ def examine() -> dict[str, Any]:
         "cpu": _cpu(problems),
         "gpus": _gpus(),
     }
+    report["cuda"] = _cuda(report["gpus"], problems)
     report["limits"] = _limits(report, problems)
     problems.sort(key=lambda problem: problem.severity)
     report["problems"] = [dataclasses.asdict(problem) for problem in problems]
@@ -314,6 +315,42 @@ def _gpus(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run)
     return gpus
 
 
+def _cuda(gpus: list[dict[str, str]], problems: list[Problem]) -> dict[str, Any]:
+    """Our kernels, and what CUDA says of the devices: it makes contexts on none of them."""
+    extension = gpu.extension()
+    if extension is None:
+        if gpus:
+            problems.append(
+                Problem(
+                    "warning",
+                    "there are GPUs, but pplx_jax has no CUDA kernels: groups on GPUs cannot connect",
+                    "install pplx-jax-cuda13 (or -cuda12, whichever CUDA your jax has), or build pplx-jax "
+                    "where nvcc is on PATH",
+                )
+            )
+        return {"extension": None, "devices": 0}
+    devices = int(extension.device_count())
+    if gpus and not devices:
+        problems.append(
+            Problem(
+                "warning",
+                "there are GPUs, but CUDA finds none",
+                "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for the kernels' CUDA version",
+            )
+        )
+    peers = {str(device): list(extension.peers(device)) for device in range(devices)}
+    alone = [device for device, reached in peers.items() if devices > 1 and not reached]
+    if alone:
+        problems.append(
+            Problem(
+                "warning",
+                f"GPU {', '.join(alone)} has peer access to no other GPU",
+                "pass nvlink=False to ExpertParallel; `nvidia-smi topo -p2p r` and the IOMMU may say why",
+            )
+        )
+    return {"extension": extension.__name__, "devices": devices, "peers": peers}
+
+
 def _limits(report: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     memlock = None if soft == resource.RLIM_INFINITY else soft
@@ -438,6 +475,13 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(f"Locked memory (memlock): {locked}. /dev/shm: {shared}.")
     gpus = ", ".join(f"{gpu.get('name')} ({gpu.get('driver', gpu.get('pci'))})" for gpu in report["gpus"])
     console.print(f"GPUs: {escape(gpus) or 'none'}.")
+    cuda = report["cuda"]
+    reach = "; ".join(
+        f"{device} reaches {_ranges(peers) or 'none'}" for device, peers in cuda.get("peers", {}).items()
+    )
+    console.print(
+        f"CUDA kernels: {cuda['extension'] or 'none'}." + (f" Peer access: {reach}." if reach else "")
+    )
     for name, value in report["environment"].items():
         console.print(escape(f"{name}={value}"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def wheels(tmp_path_factory):
     installed = {}
     for cuda in ("12", "13"):
         project, built = folder / f"project{cuda}", folder / f"wheel{cuda}"
-        subprocess.run([sys.executable, GENERATE, cuda, project], check=True, timeout=60)
+        subprocess.run([sys.executable, GENERATE, cuda, project, "--no-kernels"], check=True, timeout=60)
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
         subprocess.run([*command, "-w", built, project], check=True, timeout=120)
         (wheel,) = built.glob("*.whl")
@@ -67,7 +68,8 @@ def test_one_is_found(wheels, cuda):
         "version": pplx_jax.__version__,
         "platform": "CUDA",
         "cuda": int(cuda),
-        "registrations": {},  # there are no kernels yet, and nothing pretends otherwise
+        "registrations": {},
+        "extension": "",
         "problem": None,
     }
 
@@ -82,7 +84,7 @@ def test_two_are_refused(wheels):
 @pytest.mark.parametrize(
     ("line", "replaced", "says"),
     [
-        ('"abi": 1', '"abi": 2', "ABI 2), pplx-jax is"),
+        (f'"abi": {plugins.ABI}', '"abi": 99', "ABI 99), pplx-jax is"),
         (f'"version": "{pplx_jax.__version__}"', '"version": "9.9.9"', "it is version 9.9.9"),
         ('"cuda": 12', '"cuba": 12', "KeyError: 'cuda'"),
         ("from typing", "from nowhere_at_all", "ModuleNotFoundError"),
@@ -98,6 +100,18 @@ def test_handshake(wheels, tmp_path, line, replaced, says):
             target.write_text(text.replace(line, replaced) if file.name == "__init__.py" else text)
     (found,) = discover(tmp_path)
     assert says in found["problem"]
+
+
+def test_the_project_compiles_this_tree(tmp_path):
+    """What it compiles is the extension of a build in the source tree; the compiler takes minutes."""
+    subprocess.run([sys.executable, GENERATE, "13", tmp_path / "new"], check=True, timeout=60)
+    build = tomllib.loads((tmp_path / "new" / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    assert Path(build["cmake"]["source-dir"]) == ROOT
+    assert build["install"]["components"] == ["cuda"]
+    assert build["cmake"]["define"]["PPLX_CUDA_DESTINATION"] == "pplx_jax_cuda13"
+    text = (tmp_path / "new" / "pplx_jax_cuda13" / "__init__.py").read_text()
+    assert '"extension": "pplx_jax_cuda13._cuda"' in text
+    compile(text, "plugin", "exec")
 
 
 @pytest.mark.parametrize(

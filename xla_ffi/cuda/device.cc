@@ -120,21 +120,17 @@ int device_count() {
   return count;
 }
 
-DeviceInfo device_info(int device) {
+std::string device_uuid(int device) {
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, device),
         "asking for the properties of CUDA device " + std::to_string(device));
-  DeviceInfo info;
-  info.name = properties.name;
-  info.multiprocessors = properties.multiProcessorCount;
+  std::string uuid;
   for (const char byte : properties.uuid.bytes) {
     constexpr char kDigits[] = "0123456789abcdef";
     const auto value = static_cast<unsigned char>(byte);
-    info.uuid += {kDigits[value >> 4], kDigits[value & 15]};
+    uuid += {kDigits[value >> 4], kDigits[value & 15]};
   }
-  const OnDevice current(device);
-  check(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), "asking for free memory");
-  return info;
+  return uuid;
 }
 
 bool peer_access(int device, int peer) {

@@ -70,14 +70,8 @@ class Stream {
 // could not be waited for.
 bool wait_idle(int device, int milliseconds);
 
-struct DeviceInfo {
-  std::string name;
-  std::string uuid;  // hexadecimal
-  int multiprocessors = 0;
-  size_t free_bytes = 0, total_bytes = 0;
-};
 int device_count();  // 0 where there is no driver
-DeviceInfo device_info(int device);
+std::string device_uuid(int device);
 bool peer_access(int device, int peer);
 
 }  // namespace pplx::moe::cuda

@@ -178,7 +178,7 @@ void Member::allocate() {
 
 Bytes Member::endpoint() const {
   return Peer{.group = group_->endpoint(),
-              .uuid = device_info(device_).uuid,
+              .uuid = device_uuid(device_),
               .socket = server_ != nullptr ? server_->name() : "",
               .token = token_,
               .layout_bytes = static_cast<uint64_t>(layout_.bytes()),

@@ -103,20 +103,13 @@ int most_blocks(int device, const MoeShape& shape) {
   return blocks;
 }
 
-nb::dict describe_device(int device) {
-  const DeviceInfo info = device_info(device);
-  nb::dict out;
-  out["name"] = info.name;
-  out["uuid"] = info.uuid;
-  out["multiprocessors"] = info.multiprocessors;
-  out["free_bytes"] = info.free_bytes;
-  out["total_bytes"] = info.total_bytes;
-  nb::list peers;
+// Devices whose memory a device can use.
+std::vector<int> peers(int device) {
+  std::vector<int> reached;
   for (int peer = 0; peer < device_count(); ++peer) {
-    if (peer != device && peer_access(device, peer)) peers.append(peer);
+    if (peer != device && peer_access(device, peer)) reached.push_back(peer);
   }
-  out["peers"] = peers;
-  return out;
+  return reached;
 }
 
 // Connecting allocates and waits, which a thread must not do while it captures a stream, as XLA's may be.
@@ -162,7 +155,7 @@ NB_MODULE(_cuda, m) {
   m.def("set_library_search_path",
         [](std::vector<std::string> folders) { set_library_search_path(std::move(folders)); });
   m.def("device_count", &device_count);
-  m.def("device", &describe_device);
+  m.def("peers", &peers);
   m.def("most_blocks", &most_blocks);
 }
 
