@@ -74,8 +74,11 @@ Error failure(const FaultContext& context, const FaultRecord& record) {
       return {ErrorKind::kMismatch, start.substr(0, start.size() - 2) + ": " + mismatch(context, record)};
     case Fault::kMalformed:
       return {ErrorKind::kPeer, where + peer(context, record) + " broke the protocol: " + malformed(record)};
-    case Fault::kNotice:
-      return {ErrorKind::kPeer, where + peer(context, record) + " has failed; its own error says why"};
+    case Fault::kNotice: {
+      const std::string told = context.group.rank_name(static_cast<uint32_t>(record.detail[0]));
+      return {ErrorKind::kPeer, where + told + " has failed because of " + peer(context, record) +
+                                    "; that rank's own error says why"};
+    }
     case Fault::kWindow:
       return {ErrorKind::kMismatch, where + "sent while exchange " + number(record.detail[0]) +
                                         " has not been received; at most depth=" + number(config.depth) +

@@ -355,10 +355,9 @@ MemberStats Member::stats() const {
   const auto bytes = [](const auto& memory) { return memory != nullptr ? memory->bytes() : 0; };
   MemberStats stats{.group = group_->stats(), .nvlink = options_.nvlink, .num_sms = options_.num_sms};
   // Where all ranks are on NVLink kernels count alone.
-  if (pinned_ != nullptr) {
-    const uint64_t entered = std::atomic_ref(host().entered).load(std::memory_order_acquire);
-    stats.group.exchanges = std::max(stats.group.exchanges, entered);
-  }
+  uint64_t exchanges = exchanges_;
+  if (courier_ != nullptr && !closed_ && !group_->failure()) exchanges = block_->next();
+  stats.group.exchanges = std::max(stats.group.exchanges, exchanges);
   stats.device_bytes = bytes(regions_) + bytes(scratch_);
   stats.pinned_bytes = bytes(pinned_) + bytes(host_regions_) + bytes(host_staging_);
   return stats;
@@ -390,9 +389,9 @@ void Member::close() {
     if (!idle) idle = wait_idle(device_, kIdleLimit);
     try {
       if (idle) {
-        const uint64_t sent = block_->next();
-        courier_->drain(sent, Clock::now() + std::chrono::milliseconds(kIdleLimit));
-        group_->count_sent(sent);
+        exchanges_ = block_->next();
+        courier_->drain(exchanges_, Clock::now() + std::chrono::milliseconds(kIdleLimit));
+        group_->count_sent(exchanges_);
         block_->shut();
       }
     } catch (const std::exception& error) {

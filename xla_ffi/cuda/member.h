@@ -96,7 +96,8 @@ class Member {
   std::unique_ptr<Courier> courier_;
   mutable std::mutex lifetime_;  // whose end close() is
   bool published_ = false;
-  bool stuck_ = false;  // kernels may still use the memory: it is never freed
+  uint64_t exchanges_ = 0;  // at the close
+  bool stuck_ = false;      // kernels may still use the memory: it is never freed
   std::atomic<bool> closed_{false};
 };
 
