@@ -59,6 +59,7 @@ struct Home {
         }
         __syncthreads();
       }
+      if (threadIdx.x == 0) trace(2);
       const bool sendable = state.poisoned == 0;  // before the receivers judge their own part
       __syncthreads();
       const Team senders{0, kRecv ? kHalf : kThreads, 1};
@@ -95,7 +96,8 @@ struct Home {
       }
       unit -= units;
     }
-    if (args.control->host_staging == nullptr) return;
+    if (team.thread() == 0) trace(5);
+    if (!exchange.has_proxy()) return;
     team.sync();
     if (team.thread() == 0) {
       exchange.submit(poisoned, [&](int32_t rank) { return tables.received[rank]; });
@@ -177,8 +179,10 @@ struct Home {
 
   __device__ void prepare_to_gather(const Team& team) {
     bool usable = number_own_tokens<kTopK>(args, team, share, recv.home, exchange, tables, slots);
+    if (team.thread() == 0) trace(4);
     if (!await_headers(args, team, exchange, tables, usable ? tables.counts.ranks_total : nullptr)) usable = false;
     if (team.thread() == 0) {
+      trace(7);
       // Without own data there is nothing to add up.
       if (!usable) state.poisoned = 1;
       __threadfence_block();
@@ -400,5 +404,9 @@ cudaError_t load_combine(const MoeShape& shape, int* num_sms) {
   if (error == cudaSuccess) error = with_kernel<false, true>(shape, load);
   return error;
 }
+
+#ifdef PPLX_TRACE
+void print_combine_trace(int blocks) { print_trace("combine", blocks); }
+#endif
 
 }  // namespace pplx::moe::cuda

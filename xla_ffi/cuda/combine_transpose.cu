@@ -31,6 +31,15 @@ struct Cotangents {
     const bool open = state.stop == 0;
     for (int32_t i = threadIdx.x; i < tables.words; i += kThreads) tables.counts.ranks_before[i] = 0;
     __syncthreads();
+    // A derivative that nobody asked for: nothing was sent.
+    if (kRecv && !kSend && state.skip != 0) {
+      const int64_t vecs = recv.route.rows * shape.row_bytes() / 16;
+      for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < vecs; i += int64_t{gridDim.x} * kThreads) {
+        static_cast<uint4*>(recv.d_y)[i] = {0, 0, 0, 0};
+      }
+      exchange.template finish<false, false>([] {});
+      return;
+    }
     if (open) {
       slots = args.control->slots + int64_t{exchange.lane()} * shape.max_tokens * shape.top_k;
       const Team everybody{0, kThreads, 0};
@@ -80,7 +89,7 @@ struct Cotangents {
     for (int32_t unit = team.warp(); unit < units; unit += team.warps()) {
       send_row(share.begin + unit / args.parts, unit % args.parts);
     }
-    if (args.control->host_staging == nullptr) return;
+    if (!exchange.has_proxy()) return;
     team.sync();
     if (team.thread() == 0) exchange.submit(poisoned, total);
   }

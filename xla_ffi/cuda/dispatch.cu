@@ -11,6 +11,9 @@
 namespace pplx::moe::cuda {
 namespace {
 
+// So many choices of a block's share of the tokens are kept in shared memory.
+constexpr int32_t kNearChoices = 512;
+
 // In dynamic shared memory.
 struct Tables {
   Counts counts;
@@ -20,6 +23,10 @@ struct Tables {
   int32_t* source_slots;  // [R]
   PlacementTables rows;
   int32_t* scratch;  // [E], until rows are placed
+  // Of the block's share of the tokens, if it is small: docs of Control say what.
+  int32_t* homes;
+  int32_t* slots;
+  uint32_t* ordinals;
   int32_t* replicated;
   int32_t words;
 
@@ -44,6 +51,9 @@ struct Tables {
     rows.kept = take(shape.experts_per_rank);
     rows.needed = reinterpret_cast<int64_t*>(take(2));
     rows.dropped = take(1);
+    homes = take(kNearChoices);
+    slots = take(kNearChoices);
+    ordinals = reinterpret_cast<uint32_t*>(take(kNearChoices));
     words = static_cast<int32_t>(at - memory);
   }
   int32_t zeroed;  // the first words, which must be zero at first
@@ -108,6 +118,7 @@ struct Routing {
   const DispatchSend& send;
   const Tables& tables;
   Span share;
+  int32_t* homes;
   int32_t num_tokens;
   unsigned long long* bad;
 
@@ -127,7 +138,10 @@ struct Routing {
       } else if (ids[k] != -1) {
         home[k] = find(token, k, ids);
       }
-      if (token >= share.begin && token < share.end) send.home[int64_t{token} * shape.top_k + k] = home[k];
+      if (token < share.begin || token >= share.end) continue;
+      const int64_t at = int64_t{token} * shape.top_k + k;
+      send.home[at] = home[k];
+      homes[at] = home[k];
     }
   }
 
@@ -162,6 +176,8 @@ struct Dispatch {
   BlockState& state;
   const Tables& tables;
   Span share;  // of the round's tokens
+  // Of this rank's tokens, [T, K]: in shared memory, of which only the share's part is, or in the scratch.
+  int32_t* homes = nullptr;
   int32_t* slots = nullptr;
   uint32_t* ordinals = nullptr;
 
@@ -169,15 +185,24 @@ struct Dispatch {
 
   __device__ void run() {
     const bool open = state.stop == 0;
-    const int64_t scratch = int64_t{exchange.lane()} * shape.max_tokens * shape.top_k;
-    if (open) {
-      slots = args.control->slots + scratch;
-      ordinals = args.control->ordinals + scratch;
+    if (open && kSend) {
+      if (share.size() * shape.top_k <= kNearChoices) {
+        const int32_t first = share.begin * shape.top_k;
+        homes = tables.homes - first;
+        slots = tables.slots - first;
+        ordinals = tables.ordinals - first;
+      } else {
+        const int64_t scratch = int64_t{exchange.lane()} * shape.max_tokens * shape.top_k;
+        homes = send.home;
+        slots = args.control->slots + scratch;
+        ordinals = args.control->ordinals + scratch;
+      }
     }
     for (int32_t i = threadIdx.x; i < tables.zeroed; i += kThreads) tables.counts.ranks_before[i] = 0;
     __syncthreads();
     if (open) {
       if constexpr (kSend) plan();
+      if (threadIdx.x == 0) trace(4);
       const bool poisoned = state.poisoned != 0;  // before the receivers judge their own part
       __syncthreads();
       const Team senders{0, kRecv ? kHalf : kThreads, 1};
@@ -198,6 +223,7 @@ struct Dispatch {
 
   __device__ void plan() {
     find_places(shape, send.expert_map, tables);
+    if (threadIdx.x == 0) trace(2);
     int32_t num_tokens = *send.num_tokens;
     if (num_tokens < 0 || num_tokens > args.tokens) {
       if (threadIdx.x == 0) state.bad = static_cast<unsigned long long>(Fault::kNumTokens);
@@ -207,9 +233,10 @@ struct Dispatch {
     const bool announces = static_cast<int32_t>(blockIdx.x) < shape.num_ranks;
     if (!announces || args.round != 0) counts.experts_total = nullptr;
     count_tokens<kTopK>(args, {0, kThreads, 0}, share, counts,
-                        Routing<kTopK>{shape, send, tables, share, num_tokens, &state.bad});
+                        Routing<kTopK>{shape, send, tables, share, homes, num_tokens, &state.bad});
     __syncthreads();
     const bool sound = state.bad == ~0ULL;
+    if (threadIdx.x == 0) trace(3);
     if (!sound) {
       if (threadIdx.x == 0) {
         state.poisoned = 1;
@@ -218,12 +245,12 @@ struct Dispatch {
       for (int32_t i = threadIdx.x; i < tables.zeroed; i += kThreads) tables.counts.ranks_before[i] = 0;
       for (int64_t i = int64_t{share.begin} * shape.top_k + threadIdx.x;
            i < int64_t{share.end} * shape.top_k; i += kThreads) {
-        send.home[i] = kNotRouted;
+        send.home[i] = homes[i] = kNotRouted;
       }
       __syncthreads();
     }
     if (warp_id() == 0) {
-      number_tokens<kTopK, true>(args, share, tables.counts, send.home, slots, ordinals);
+      number_tokens<kTopK, true>(args, share, tables.counts, homes, slots, ordinals);
     } else if (static_cast<int>(threadIdx.x) >= kHalf) {
       const Team announcers{kHalf, kHalf, 3};
       for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
@@ -257,7 +284,8 @@ struct Dispatch {
     for (int32_t unit = team.warp(); unit < units; unit += team.warps()) {
       send_row(share.begin + unit / args.parts, unit % args.parts);
     }
-    if (args.control->host_staging == nullptr) return;
+    if (team.thread() == 0) trace(5);
+    if (!exchange.has_proxy()) return;
     team.sync();
     if (team.thread() == 0) {
       exchange.submit(poisoned, [&](int32_t rank) { return tables.counts.ranks_total[rank]; });
@@ -265,7 +293,7 @@ struct Dispatch {
   }
 
   __device__ void send_row(int32_t token, int32_t number) {
-    const Destinations to = destinations_of(shape, send.home, slots, token);
+    const Destinations to = destinations_of(shape, homes, slots, token);
     const bool away = to.rank >= 0 && (!kRecv || to.rank != shape.rank);
     Places places{__ballot_sync(kAllLanes, away && to.leads), nullptr, nullptr};
     if (places.lanes == 0) return;
@@ -313,7 +341,8 @@ struct Dispatch {
     }
     team.sync();
     // Whoever finds something wrong below must not send others another way.
-    bool usable = !exchange.stopped() && state.poisoned == 0;
+    bool usable = !exchange.stopped() && state.poisoned == 0, placed = false;
+    if (team.thread() == 0) trace(6);
     team.sync();
     if (usable) {
       read_counts(team);
@@ -332,15 +361,17 @@ struct Dispatch {
             }
           }
         } else {
-          describe(team);
+          placed = true;
         }
       }
     }
     team.sync();
     if (team.thread() == 0) {
+      trace(7);
       __threadfence_block();
       *const_cast<volatile uint32_t*>(&state.placed) = 1;
     }
+    if (placed) describe(team);
   }
 
   __device__ void read_counts(const Team& team) {
@@ -379,18 +410,19 @@ struct Dispatch {
     for (int64_t i = thread; i < count + (last ? 1 : 0); i += threads) {
       route.slot_start[first + i] = static_cast<int32_t>((first + i) * shape.entries());
     }
-    for (int64_t i = thread; i < count; i += threads) {
-      if (i % length < tables.source_slots[i / length]) continue;
-      for (int32_t entry = 0; entry < shape.entries(); ++entry) {
-        route.slot_rows[(first + i) * shape.entries() + entry] = -1;
+    for (int32_t source = 0; source < shape.num_ranks; ++source) {
+      for (int64_t slot = tables.source_slots[source] + thread; slot < length; slot += threads) {
+        for (int32_t entry = 0; entry < shape.entries(); ++entry) {
+          route.slot_rows[args.slot_index(source, static_cast<int32_t>(slot)) * shape.entries() + entry] = -1;
+        }
       }
     }
     if (args.round != 0) return;
     if (blockIdx.x == 0) {
       int64_t kept = 0;
       for (int32_t e = team.thread(); e < experts; e += team.threads) {
-        const int64_t rows = tables.rows.kept[e];
-        recv.group_sizes[e] = static_cast<int32_t>(shape.padded ? rows : round_up(rows, shape.alignment));
+        const int32_t rows = tables.rows.kept[e];
+        recv.group_sizes[e] = shape.padded ? rows : aligned(shape, rows);
       }
       if (team.warp() == 0) {
         for (int32_t e = lane_id(); e < experts; e += kWarp) kept += tables.rows.kept[e];
@@ -449,6 +481,7 @@ struct Dispatch {
       while (unit >= before + here) {
         before += here;
         if (++step > shape.num_ranks) return;
+        if (threadIdx.x == kHalf) trace(7 + min(step, 2));
         here = size(step);
       }
       const int32_t at = (unit - before) / args.parts, part = (unit - before) % args.parts;
@@ -477,7 +510,7 @@ struct Dispatch {
 
   // One of this rank's own tokens whose experts are here.
   __device__ void keep_row(int32_t token, int32_t number) {
-    const Destinations to = destinations_of(shape, send.home, slots, token);
+    const Destinations to = destinations_of(shape, homes, slots, token);
     const uint32_t here = __ballot_sync(kAllLanes, to.rank == shape.rank);
     if (here == 0) return;
     const bool mine = to.rank == shape.rank;
@@ -502,30 +535,37 @@ struct Dispatch {
     if (lane_id() == 0) here = exchange.await_slot(source, slot, number);
     if (!__shfl_sync(kAllLanes, here, 0)) return false;
     const std::byte* from = exchange.incoming(source) + args.first_slot() + slot * args.stride();
-    const uint32_t entries = __ldcg(reinterpret_cast<const uint32_t*>(from) + 1);
-    bool sound = entries <= static_cast<uint32_t>(shape.entries());
-    int32_t row = -1;
-    if (sound && lane_id() < static_cast<int>(entries)) {
-      const auto* entry = reinterpret_cast<const uint32_t*>(from + sizeof(SlotHeader)) + 3 * lane_id();
-      const uint32_t weight = __ldcg(entry), ordinal = __ldcg(entry + 1), expert = __ldcg(entry + 2) & 0xffffU;
-      sound = expert < static_cast<uint32_t>(shape.experts_per_rank) &&
-              ordinal < static_cast<uint32_t>(args.tokens);
-      if (sound) row = row_of(source, static_cast<int32_t>(expert), ordinal);
-      if (row >= 0 && number == 0) recv.row_weights[row] = __uint_as_float(weight);
-    }
-    if (__ballot_sync(kAllLanes, !sound) != 0) {
+    const std::byte* token = from + shape.slot_header_bytes();
+    const Part part = part_of_token(shape, number, args.parts);
+    bool sound = true;
+    const Places places = copy_bytes_to<true>(token, part, [&] {
+      const int32_t row = entry_row(source, slot, from, number == 0, sound);
+      return rows_of(sound ? row : -1);
+    });
+    if (!sound) {
       if (lane_id() == 0) exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kEntry), slot);
       return false;
     }
-    if (number == 0 && lane_id() < shape.entries()) {
-      recv.route.slot_rows[args.slot_index(source, slot) * shape.entries() + lane_id()] = row;
-    }
-    const Part part = part_of_token(shape, number, args.parts);
-    const Places places = rows_of(row);
-    const std::byte* token = from + shape.slot_header_bytes();
-    copy_bytes<true>(token, part, places);
     copy_scales<true>(shape, token + shape.token_stride(), part, places);
     return true;
+  }
+
+  // Of a received slot, by a warp: lane i gets entry i's row, -1: none. All lanes get whether all are sound.
+  __device__ int32_t entry_row(int32_t source, int32_t slot, const std::byte* from, bool keeps, bool& sound) {
+    const bool could = lane_id() < shape.entries();
+    const auto* entry = reinterpret_cast<const uint32_t*>(from + sizeof(SlotHeader)) + 3 * lane_id();
+    const uint32_t entries = __ldcg(reinterpret_cast<const uint32_t*>(from) + 1);
+    const uint32_t weight = could ? __ldcg(entry) : 0, ordinal = could ? __ldcg(entry + 1) : 0;
+    const uint32_t expert = could ? __ldcg(entry + 2) & 0xffffU : 0;
+    const bool is = could && lane_id() < static_cast<int>(entries);
+    const bool fits = entries <= static_cast<uint32_t>(shape.entries()) &&
+                      (!is || (expert < static_cast<uint32_t>(shape.experts_per_rank) &&
+                               ordinal < static_cast<uint32_t>(args.tokens)));
+    sound = __all_sync(kAllLanes, fits) != 0;
+    const int32_t row = sound && is ? row_of(source, static_cast<int32_t>(expert), ordinal) : -1;
+    if (keeps && row >= 0) recv.row_weights[row] = __uint_as_float(weight);
+    if (keeps && could) recv.route.slot_rows[args.slot_index(source, slot) * shape.entries() + lane_id()] = row;
+    return row;
   }
 
   __device__ void poison() {
@@ -618,5 +658,9 @@ cudaError_t load_dispatch(const MoeShape& shape, int* num_sms) {
   if (error == cudaSuccess) error = with_kernel<false, true>(shape, load);
   return error;
 }
+
+#ifdef PPLX_TRACE
+void print_dispatch_trace(int blocks) { print_trace("dispatch", blocks); }
+#endif
 
 }  // namespace pplx::moe::cuda

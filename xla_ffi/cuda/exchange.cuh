@@ -7,6 +7,17 @@
 namespace pplx::moe::cuda {
 
 inline constexpr int kThreads = 512;
+// So many ranks' addresses are kept in shared memory.
+inline constexpr int kNearRanks = 64;
+
+#ifdef PPLX_TRACE
+// For tuning: when each block came by, by its thread that calls first.
+inline constexpr int kTraceEvents = 16, kTraceBlocks = 256;
+__device__ uint64_t trace_times[kTraceEvents][kTraceBlocks];
+__device__ inline void trace(int event) { trace_times[event][blockIdx.x] = now_ns(); }
+#else
+__device__ inline void trace(int) {}
+#endif
 
 // What every kernel gets, by value.
 struct Args {
@@ -66,7 +77,11 @@ struct BlockState {
   uint32_t last;           // this block is the last to finish
   uint32_t skip;           // a derivative's recv whose send never was
   int32_t next_unit;       // of receiving, to be taken by a warp
+  std::byte* host_regions;
+  std::byte* host_staging;
   unsigned long long bad;  // what is wrong with the data: the smallest of token, choice and fault
+  uint64_t received[kMaxLanes];
+  std::byte* peers[kNearRanks];
 };
 
 class Exchange {
@@ -76,18 +91,33 @@ class Exchange {
   // By all threads. Takes the number of a send, or that of a recv from its ticket.
   template <bool kSend>
   __device__ void begin() {
-    if (threadIdx.x == 0) {
-      Control& control = *args_.control;
-      state_ = {};
+    Control& control = *args_.control;
+    const int thread = static_cast<int>(threadIdx.x);
+    // All at once, as each takes a while.
+    if (thread == 0) {
+      trace(0);
+      const uint32_t open = load_volatile(&control.open), failed = load_volatile(&control.failed);
+      const uint64_t next = load_volatile(&control.next);
+      state_.host_regions = control.host_regions;
+      state_.host_staging = control.host_staging;
+      state_.number = kSend ? next : 0;
+      state_.stop = open == 0 || failed != 0 ? 1 : 0;
+      state_.poisoned = state_.placed = state_.last = state_.skip = 0;
+      state_.next_unit = 0;
       state_.bad = ~0ULL;
-      if (load_volatile(&control.open) == 0 || load_volatile(&control.failed) != 0) {
-        state_.stop = 1;
-      } else if constexpr (kSend) {
-        state_.number = load_volatile(&control.next);
+    } else if (thread >= kWarp && thread < kWarp + static_cast<int>(kMaxLanes)) {
+      state_.received[thread - kWarp] = load_volatile(&control.received[thread - kWarp]);
+    } else if (thread >= kThreads - kNearRanks && thread - (kThreads - kNearRanks) < args_.shape.num_ranks) {
+      const int rank = thread - (kThreads - kNearRanks);
+      state_.peers[rank] = control.open != 0 ? control.peers[rank] : nullptr;
+    }
+    __syncthreads();
+    if (thread == 0 && state_.stop == 0) {
+      if constexpr (kSend) {
         const uint64_t lanes = args_.layout.lanes, depth = lanes / 2;
         if (state_.number >= depth) {
           const uint64_t oldest = state_.number - depth;
-          if (load_volatile(&control.received[oldest % lanes]) < oldest + 1) {
+          if (state_.received[oldest % lanes] < oldest + 1) {
             fail(Fault::kWindow, args_.shape.rank, static_cast<int64_t>(oldest));
           }
         }
@@ -98,6 +128,7 @@ class Exchange {
     __syncthreads();
     number_ = state_.number;
     lane_ = static_cast<int32_t>(number_ % args_.layout.lanes);
+    if (thread == 0) trace(1);
   }
 
   __device__ uint64_t epoch() const { return number_ + 1; }
@@ -105,19 +136,22 @@ class Exchange {
   __device__ bool stopped() const { return load_volatile(&state_.stop) != 0; }
   __device__ void stop() { *const_cast<volatile uint32_t*>(&state_.stop) = 1; }
 
-  __device__ bool direct(int32_t rank) const { return args_.control->peers[rank] != nullptr; }
+  // A rank's device memory as seen from here; null: it is reached by proxy.
+  __device__ std::byte* peer(int32_t rank) const {
+    return args_.shape.num_ranks <= kNearRanks ? state_.peers[rank] : args_.control->peers[rank];
+  }
+  __device__ bool direct(int32_t rank) const { return peer(rank) != nullptr; }
+  __device__ bool has_proxy() const { return state_.host_staging != nullptr; }
   // The region that this rank's message to `rank` is written to, or packed for the proxy in.
   __device__ std::byte* outgoing(int32_t rank) const {
-    const Control& control = *args_.control;
-    std::byte* peer = control.peers[rank];
-    if (peer != nullptr) return peer + args_.layout.region_at(lane_, args_.shape.rank);
-    return control.host_staging +
+    std::byte* memory = peer(rank);
+    if (memory != nullptr) return memory + args_.layout.region_at(lane_, args_.shape.rank);
+    return state_.host_staging +
            (int64_t{lane_} * args_.shape.num_ranks + rank) * args_.layout.region_bytes;
   }
   __device__ const std::byte* incoming(int32_t source) const {
-    const Control& control = *args_.control;
     if (direct(source)) return own() + args_.layout.region_at(lane_, source);
-    return control.host_regions +
+    return state_.host_regions +
            (int64_t{lane_} * args_.shape.num_ranks + source) * args_.layout.region_bytes;
   }
 
@@ -142,16 +176,15 @@ class Exchange {
     header.format = shape.format();
     header.top_k = static_cast<uint8_t>(shape.top_k);
     header.local_experts = static_cast<uint16_t>(shape.experts_per_rank);
-    auto* ready = reinterpret_cast<uint64_t*>(args_.control->peers[rank] +
-                                              args_.layout.ready_at(lane_, shape.rank));
+    auto* ready = reinterpret_cast<uint64_t*>(peer(rank) + args_.layout.ready_at(lane_, shape.rank));
     store_release(ready, epoch());
   }
   // By one lane, after its warp's writes to a part of a slot and a __syncwarp.
   __device__ void publish(int32_t rank, int32_t slot, int32_t part) const {
-    std::byte* peer = args_.control->peers[rank];
-    if (peer == nullptr) return;
+    std::byte* memory = peer(rank);
+    if (memory == nullptr) return;
     store_release(reinterpret_cast<uint64_t*>(
-                      peer + args_.layout.epoch_at(lane_, args_.shape.rank, slot, part)),
+                      memory + args_.layout.epoch_at(lane_, args_.shape.rank, slot, part)),
                   epoch());
   }
   // By one thread of each block once the block has packed its part of what goes by proxy, after a barrier.
@@ -159,7 +192,6 @@ class Exchange {
   template <typename Slots>
   __device__ void submit(bool poisoned, Slots&& slots) {
     Control& control = *args_.control;
-    if (control.host_staging == nullptr) return;
     __threadfence_system();
     if (atomicAdd(&control.packed_blocks[lane_], 1U) + 1 != gridDim.x) return;
     __threadfence_system();
@@ -228,8 +260,7 @@ class Exchange {
       if (fault != Fault::kNotice) {
         for (int32_t rank = 0; rank < args_.shape.num_ranks; ++rank) {
           if (!direct(rank)) continue;
-          store_release(reinterpret_cast<uint64_t*>(control.peers[rank] +
-                                                    args_.layout.notice_at(args_.shape.rank)),
+          store_release(reinterpret_cast<uint64_t*>(peer(rank) + args_.layout.notice_at(args_.shape.rank)),
                         1 + static_cast<uint64_t>(culprit));
         }
       }
@@ -251,6 +282,7 @@ class Exchange {
   template <bool kSend, bool kRecv, typename Poison>
   __device__ void finish(Poison&& poison) {
     __syncthreads();
+    if (threadIdx.x == 0) trace(10);
     Control& control = *args_.control;
     uint32_t& finished = kRecv ? control.received_blocks[lane_] : control.sent_blocks[lane_];
     if (threadIdx.x == 0) {
@@ -279,10 +311,11 @@ class Exchange {
     if constexpr (kRecv) {
       if (!failed) control.received[lane_] = epoch();
     }
+    trace(11);
   }
 
  private:
-  __device__ const std::byte* own() const { return args_.control->peers[args_.shape.rank]; }
+  __device__ const std::byte* own() const { return peer(args_.shape.rank); }
 
   __device__ void take_ticket() {
     const Control& control = *args_.control;
@@ -293,14 +326,15 @@ class Exchange {
       sound = sound && value >= 0.0F && value < 65536.0F && value == floorf(value);
       if (sound) ticket |= static_cast<uint64_t>(value) << (16 * digit);
     }
-    if (sound && ticket == 0 && args_.kind == Kind::kDispatchTranspose) {
+    if (sound && ticket == 0 &&
+        (args_.kind == Kind::kDispatchTranspose || args_.kind == Kind::kCombineTranspose)) {
       state_.skip = 1;
       return;
     }
     state_.number = ticket - 1;
     const uint64_t next = load_volatile(&control.next), lanes = args_.layout.lanes;
     if (!sound || ticket == 0 || ticket > next || next - ticket >= lanes ||
-        load_volatile(&control.received[(ticket - 1) % lanes]) >= ticket) {
+        state_.received[(ticket - 1) % lanes] >= ticket) {
       state_.number = 0;
       fail(Fault::kTicket, args_.shape.rank, static_cast<int64_t>(ticket));
       return;
@@ -324,7 +358,10 @@ class Exchange {
   __device__ __noinline__ bool go_on(uint64_t& began, int32_t source) {
     const Control& control = *args_.control;
     const uint64_t now = now_ns();
-    if (began == 0) began = now;
+    if (began == 0) {
+      began = now;
+      *const_cast<volatile uint64_t*>(&control.host->entered) = epoch();
+    }
     if (load_volatile(&control.host->abort) != 0) {
       fail(Fault::kAborted, source);
       return false;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdio>
 #include <type_traits>
 
 #include "xla_ffi/cuda/exchange.cuh"
@@ -91,6 +92,31 @@ cudaError_t load_kernel(Kernel* kernel, size_t shared_bytes, int* num_sms) {
   if (error == cudaSuccess) *num_sms = std::min(*num_sms, multiprocessors);
   return error;
 }
+
+#ifdef PPLX_TRACE
+// Microseconds since the earliest block began: the first, the mean and the last block.
+inline void print_trace(const char* name, int blocks) {
+  static uint64_t times[kTraceEvents][kTraceBlocks];
+  cudaDeviceSynchronize();
+  cudaMemcpyFromSymbol(times, trace_times, sizeof(times));
+  const uint64_t zero = *std::min_element(times[0], times[0] + blocks);
+  std::printf("  %s:", name);
+  for (int event = 0; event < kTraceEvents; ++event) {
+    double sum = 0, first = 1e30, last = -1e30;
+    int count = 0;
+    for (int block = 0; block < blocks; ++block) {
+      if (times[event][block] < zero) continue;
+      const double at = static_cast<double>(times[event][block] - zero) / 1e3;
+      sum += at;
+      first = std::min(first, at);
+      last = std::max(last, at);
+      ++count;
+    }
+    if (count != 0) std::printf(" %d:[%.1f %.1f %.1f]", event, first, sum / count, last);
+  }
+  std::printf("\n");
+}
+#endif
 
 cudaError_t load_dispatch(const MoeShape& shape, int* num_sms);
 cudaError_t load_combine(const MoeShape& shape, int* num_sms);

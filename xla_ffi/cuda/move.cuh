@@ -38,10 +38,13 @@ struct Places {
   }
 };
 
-// By a warp. kShared: another agent wrote the source while this kernel ran.
-template <bool kShared>
-__device__ inline void copy_bytes(const std::byte* source, Part part, const Places& to) {
+// By a warp. kShared: another agent wrote the source while this kernel ran. `places()` is asked for when the
+// first loads are under way.
+template <bool kShared, typename FindPlaces>
+__device__ inline Places copy_bytes_to(const std::byte* source, Part part, FindPlaces&& find) {
   constexpr int kAtOnce = 8;
+  Places to{};
+  bool found = false;
   for (int32_t base = part.begin; base < part.end; base += kAtOnce * kWarp * 16) {
     uint4 some[kAtOnce];
     const int32_t first = base + lane_id() * 16;
@@ -49,6 +52,10 @@ __device__ inline void copy_bytes(const std::byte* source, Part part, const Plac
     for (int i = 0; i < kAtOnce; ++i) {
       const int32_t at = first + i * kWarp * 16;
       if (at < part.end) some[i] = kShared ? load_shared_vec(source + at) : load_vec(source + at);
+    }
+    if (!found) {
+      to = find();
+      found = true;
     }
     to.each([&](std::byte* row, std::byte*) {
 #pragma unroll
@@ -58,6 +65,11 @@ __device__ inline void copy_bytes(const std::byte* source, Part part, const Plac
       }
     });
   }
+  return found ? to : find();
+}
+template <bool kShared>
+__device__ inline void copy_bytes(const std::byte* source, Part part, const Places& to) {
+  copy_bytes_to<kShared>(source, part, [&] { return to; });
 }
 
 template <bool kShared>

@@ -14,11 +14,17 @@ struct PlacementTables {
   int32_t* dropped;      // [1]
 };
 
+__device__ inline int32_t aligned(const MoeShape& shape, int32_t rows) {
+  if (shape.alignment == 1) return rows;  // a division saved
+  const auto alignment = static_cast<uint32_t>(shape.alignment);
+  return static_cast<int32_t>((static_cast<uint32_t>(rows) + alignment - 1) / alignment * alignment);
+}
+
 // By a warp: rows of all experts if each keeps at most `clip`.
 __device__ inline int64_t rows_with_clip(const MoeShape& shape, const int32_t* sizes, int64_t clip) {
   int64_t rows = 0;
   for (int32_t e = lane_id(); e < shape.experts_per_rank; e += kWarp) {
-    rows += round_up(sizes[e] < clip ? sizes[e] : clip, shape.alignment);
+    rows += aligned(shape, static_cast<int32_t>(sizes[e] < clip ? sizes[e] : clip));
   }
   return warp_sum(rows);
 }
@@ -63,7 +69,7 @@ __device__ inline void place(const MoeShape& shape, const Team& team, int64_t ro
     const int32_t e = first + lane_id();
     const int32_t size = e < experts ? to.kept[e] : 0;
     const int32_t kept = static_cast<int32_t>(size < clip ? size : clip);
-    int64_t taken = e < experts ? (shape.padded ? room : round_up(kept, shape.alignment)) : 0;
+    int64_t taken = e < experts ? (shape.padded ? room : aligned(shape, kept)) : 0;
     dropped += size - kept;
     most = max(most, size);
     const int64_t own = taken;

@@ -3,7 +3,7 @@
 //
 //   pplx_cuda_bench [--tokens 128,4096] [--quant none|fp8|fp8_ue8m0] [--dtype bf16|f16|f32] [--sms 8,16,24]
 //                   [--hidden 7168] [--experts 256] [--topk 8] [--ranks 2] [--chunk 0] [--depth 1]
-//                   [--iterations 20] [--replays 30] [--one-gpu]
+//                   [--iterations 20] [--replays 30] [--zero-tail] [--one-gpu]
 //
 // A line a configuration: median over replays of the slowest rank's time an exchange. Without --tokens and
 // --quant: decode (128 tokens, fp8 there, bf16 back) and prefill (4096 tokens, bf16). With --one-gpu, or
@@ -22,6 +22,13 @@
 
 #include "xla_ffi/cuda/tests/cluster.h"
 
+#ifdef PPLX_TRACE
+namespace pplx::moe::cuda {
+void print_dispatch_trace(int blocks);
+void print_combine_trace(int blocks);
+}  // namespace pplx::moe::cuda
+#endif
+
 namespace pplx::moe::cuda::testing {
 namespace {
 
@@ -31,7 +38,7 @@ struct Options {
   DType dtype = DType::kBFloat16;
   int hidden = 7168, experts = 256, top_k = 8, ranks = 2, chunk = 0, depth = 1;
   int iterations = 20, replays = 30;
-  bool one_gpu = false;
+  bool one_gpu = false, zero_tail = false;
 };
 
 struct Shape {
@@ -229,7 +236,9 @@ class Bench {
         what_(what),
         sms_(sms),
         problem_(problem(options, what)),
-        cluster_(problem_, {.num_sms = sms, .devices = devices}) {
+        cluster_(problem_, {.num_sms = sms,
+                            .devices = devices,
+                            .adjust_shape = [&](MoeShape& shape) { shape.zero_tail = options.zero_tail; }}) {
     cluster_.each([&](int rank) {
       loads_.push_back(
           std::make_unique<Load>(problem_, cluster_[rank].shape(), options.iterations, 1 + rank));
@@ -251,6 +260,11 @@ class Bench {
                 pairs * static_cast<double>(shape.token_bytes() + shape.row_bytes()) / 1e6,
                 there / dispatch / 1e3, back / combine / 1e3);
     std::fflush(stdout);
+#ifdef PPLX_TRACE
+    PPLX_MUST(cudaSetDevice(0));
+    print_dispatch_trace(sms_);
+    print_combine_trace(sms_);
+#endif
   }
   static void print_head() {
     std::printf("%7s %-9s %4s %10s %10s %10s %9s %9s %9s %8s %8s\n", "tokens", "quant", "sms", "dispatch us",

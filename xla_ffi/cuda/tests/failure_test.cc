@@ -76,7 +76,7 @@ TEST(GpuTimeout, NamesTheRankThatNeverComes) {
       EXPECT_GE(timeouts, 1);
       expect_poison_at_once(cluster, (missing + 1) % 3);
       // The one that comes late is told, at the latest when it needs more than they had sent.
-      steps.launch(missing, Kind::kDispatch);
+      steps.launch(missing, Kind::kDispatch, Half::kBoth, 3);
       steps.launch(missing, Kind::kCombine);
       steps.finish();
       EXPECT_TRUE(steps[missing].poisoned(Kind::kCombine));
