@@ -47,7 +47,7 @@ class ExpertParallel:
       timeout: seconds of silence after which a peer counts as dead, and limit for connecting; 30, or what
         the environment says (``PPLX_TIMEOUT``).
       stall_timeout: seconds to wait for a live peer that doesn't reach an exchange; three times that at a
-        call's first execution. At most 50 where several ranks share a process, as XLA aborts a process
+        call's first execution. At most 50 where several CPU ranks share a process, as XLA aborts a process
         whose collective is stuck for 60.
       nvlink: on GPUs: kernels write into the memory of ranks on the same host themselves. False: all goes
         through the host and ``fabric``.
