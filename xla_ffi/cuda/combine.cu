@@ -1,7 +1,7 @@
 // What goes home: combine and the transpose of dispatch. One reduced row for every slot.
 //
-// Half of a block's warps reduce and send, the others gather at home. What this rank owes itself is reduced
-// where it is gathered.
+// What this rank owes itself is reduced where it is gathered. Of few tokens every block sends and gathers its
+// share; of many, some blocks send and the others gather, until nothing is left to send.
 #include "xla_ffi/cuda/kernels.h"
 #include "xla_ffi/cuda/launch.cuh"
 #include "xla_ffi/cuda/move.cuh"
@@ -9,6 +9,9 @@
 
 namespace pplx::moe::cuda {
 namespace {
+
+// Of the blocks, where some only send at first.
+constexpr double kSenderShare = 0.4;
 
 // Of combine and dispatch's transpose alike.
 struct HomeSend {
@@ -37,10 +40,9 @@ struct Home {
   Span share;  // of the round's tokens
   int32_t* slots = nullptr;
 
-  static constexpr int kHalf = kThreads / 2;
   static constexpr int kWidth = kVec<T>;
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     const bool open = state.stop == 0;
     for (int32_t i = threadIdx.x; i < tables.words; i += kThreads) tables.counts.ranks_before[i] = 0;
     __syncthreads();
@@ -51,7 +53,7 @@ struct Home {
       return;
     }
     if (open) {
-      slots = args.control->slots + int64_t{exchange.lane()} * shape.max_tokens * shape.top_k;
+      slots = slot_notes(args, share, exchange, tables);
       if constexpr (kSend) {
         if (!read_received(args, send.route, exchange, tables)) {
           if (threadIdx.x == 0) state.poisoned = 1;
@@ -60,41 +62,45 @@ struct Home {
         __syncthreads();
       }
       if (threadIdx.x == 0) trace(2);
-      const bool sendable = state.poisoned == 0;  // before the receivers judge their own part
+      const bool poisoned = state.poisoned != 0;  // before the receiving side is judged
       __syncthreads();
-      const Team senders{0, kRecv ? kHalf : kThreads, 1};
-      const Team receivers{kSend ? kHalf : 0, kSend ? kHalf : kThreads, 2};
-      if (kRecv && receivers.has_me()) {
-        prepare_to_gather(receivers);
-      } else if (kSend && senders.has_me()) {
-        send_rows(senders, !sendable);
-      }
-      if constexpr (kRecv) gather_rows();
+      exchange_rows(poisoned);
     }
     exchange.template finish<kSend, kRecv>([&] {
       if constexpr (kRecv) poison();
     });
   }
 
+  __device__ __forceinline__ void exchange_rows(bool poisoned) {
+    const Roles<kSend, kRecv> roles(args);
+    bool usable = true;
+    if constexpr (kRecv) {
+      if (roles.places) usable = number(roles.placers);
+    }
+    if constexpr (kSend) {
+      if (roles.sends) send_rows(roles.senders, poisoned);
+    }
+    if constexpr (kRecv) {
+      if (roles.places) await_all(roles.placers, usable);
+      roles.ready();
+      if (!exchange.stopped() && load_volatile(&state.poisoned) == 0) gather_rows();
+    }
+  }
+
   // --- expert side ---
 
-  __device__ void send_rows(const Team& team, bool poisoned) {
+  __device__ __forceinline__ void send_rows(const Team& team, bool poisoned) {
     if (team.thread() == 0) {
-      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
+      const int32_t blocks = args.senders != 0 ? args.senders : static_cast<int32_t>(gridDim.x);
+      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += blocks) {
         exchange.announce(rank, tables.received[rank], poisoned);
       }
     }
-    // From the next rank on, so that not all write to one; this rank last, if its rows travel at all.
-    const int32_t last = kRecv ? shape.num_ranks - 1 : shape.num_ranks;
-    int32_t unit = team.warp();
-    for (int32_t step = 1; step <= last; ++step) {
-      const int32_t source = (shape.rank + step) % shape.num_ranks;
-      const Span slots_here = cuda::share(tables.received[source]);
-      const int32_t units = slots_here.size() * args.parts;
-      for (; unit < units; unit += team.warps()) {
-        send_row(source, slots_here.begin + unit / args.parts, unit % args.parts);
-      }
-      unit -= units;
+    const int32_t ranks = kRecv ? shape.num_ranks - 1 : shape.num_ranks;
+    const Queue queue = exchange.queue(kSendQueue, poisoned ? 0 : *tables.most, ranks * args.parts);
+    for (int32_t unit = queue.take(); unit < queue.end; unit = queue.take()) {
+      const SlotPart to = slot_part(args, unit, ranks);
+      if (to.slot < tables.received[to.rank]) send_row(to.rank, to.slot, to.part);
     }
     if (team.thread() == 0) trace(5);
     if (!exchange.has_proxy()) return;
@@ -104,14 +110,14 @@ struct Home {
     }
   }
 
-  __device__ Span part_of_row(int32_t number) const {
-    const int32_t vecs = static_cast<int32_t>(shape.row_bytes() / 16);
+  __device__ __forceinline__ Span part_of_row(int32_t number) const {
+    const int32_t vecs = args.row_bytes / 16;
     return {vecs * number / args.parts, vecs * (number + 1) / args.parts};
   }
 
-  __device__ void send_row(int32_t source, int32_t slot, int32_t number) {
+  __device__ __forceinline__ void send_row(int32_t source, int32_t slot, int32_t number) {
     const int32_t row = slot_row(args, send.route, source, slot, exchange);
-    std::byte* out = exchange.outgoing(source) + args.first_slot() + slot * args.stride();
+    std::byte* out = exchange.outgoing(source) + args.first_slot + slot * args.stride;
     const uint32_t rows = __ballot_sync(kAllLanes, row >= 0);
     const float weight = send.weights != nullptr && row >= 0 ? send.weights[row] : 1.0F;
     const Span part = part_of_row(number);
@@ -124,24 +130,23 @@ struct Home {
         if (at < part.end) store_values<W>(out + int64_t{at} * kWidth * sizeof(W), acc[i]);
       }
     }
-    if (number == 0 && send.returns != nullptr && lane_id() < shape.entries()) {
-      reinterpret_cast<float*>(out + shape.home_stride())[lane_id()] = row >= 0 ? send.returns[row] : 0.0F;
+    if (number == 0 && send.returns != nullptr && lane_id() < args.entries) {
+      reinterpret_cast<float*>(out + args.home_stride)[lane_id()] = row >= 0 ? send.returns[row] : 0.0F;
     }
     __syncwarp();
     if (lane_id() == 0) exchange.publish(source, slot, number);
   }
 
   // Sums of the rows that the lanes in `lanes` hold, at two vectors of each lane.
-  __device__ void reduce(uint32_t lanes, int32_t row, float weight, int32_t base, int32_t end,
+  __device__ __forceinline__ void reduce(uint32_t lanes, int32_t row, float weight, int32_t base, int32_t end,
                          float (&acc)[2][kWidth]) const {
     constexpr int kAtOnce = 4;
+    const float none = start_of_sum(lanes == 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) acc[i][j] = 0.0F;
+      for (int j = 0; j < kWidth; ++j) acc[i][j] = none;
     }
-    const bool weighted = send.weights != nullptr;
-    bool first = true;
     while (lanes != 0) {
       uint4 some[kAtOnce][2];
       float weights[kAtOnce];
@@ -168,49 +173,37 @@ struct Home {
         for (int i = 0; i < 2; ++i) {
           float values[kWidth];
           unpack<T>(some[m][i], values);
-          accumulate(acc[i], values, first && m == 0, weighted, weights[m]);
+          accumulate(acc[i], values, weights[m]);
         }
       }
-      first = false;
     }
   }
 
   // --- home side ---
 
-  __device__ void prepare_to_gather(const Team& team) {
-    bool usable = number_own_tokens<kTopK>(args, team, share, recv.home, exchange, tables, slots);
-    if (team.thread() == 0) trace(4);
-    if (!await_headers(args, team, exchange, tables, usable ? tables.counts.ranks_total : nullptr)) usable = false;
-    if (team.thread() == 0) {
-      trace(7);
-      // Without own data there is nothing to add up.
-      if (!usable) state.poisoned = 1;
-      __threadfence_block();
-      *const_cast<volatile uint32_t*>(&state.placed) = 1;
-    }
+  __device__ __forceinline__ bool number(const Team& team) {
+    return number_own_tokens<kTopK>(args, team, share, recv.home, exchange, tables, slots);
   }
 
-  __device__ void gather_rows() {
-    if (lane_id() == 0) {
-      while (load_volatile(&state.placed) == 0) {
-      }
-      __threadfence_block();
-    }
-    __syncwarp();
-    if (exchange.stopped() || load_volatile(&state.poisoned) != 0) return;
-    const int32_t units = share.size() * args.parts;
-    for (;;) {
-      int32_t unit = 0;
-      if (lane_id() == 0) unit = atomicAdd(&state.next_unit, 1);
-      unit = __shfl_sync(kAllLanes, unit, 0);
-      if (unit >= units || !gather_row(share.begin + unit / args.parts, unit % args.parts)) return;
+  __device__ __forceinline__ void await_all(const Team& team, bool usable) {
+    if (team.thread() == 0) trace(4);
+    if (!await_headers(args, team, exchange, tables, usable ? tables.counts.ranks_total : nullptr)) usable = false;
+    if (team.thread() != 0) return;
+    trace(7);
+    if (!usable) state.poisoned = 1;  // there is nothing to add up
+  }
+
+  __device__ __forceinline__ void gather_rows() {
+    const Queue queue = exchange.queue(kKeepQueue, args.length(), args.parts);
+    for (int32_t unit = queue.take(); unit < queue.end; unit = queue.take()) {
+      if (!gather_row(args.begin() + unit / args.parts, unit % args.parts)) return;
     }
   }
 
   // False: stopped.
-  __device__ bool gather_row(int32_t token, int32_t number) {
-    const Destinations to = destinations_of(shape, recv.home, slots, token);
-    std::byte* out = static_cast<std::byte*>(recv.out) + token * shape.row_bytes();
+  __device__ __forceinline__ bool gather_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(args, recv.home, slots, token);
+    std::byte* out = static_cast<std::byte*>(recv.out) + int64_t{token} * args.row_bytes;
     const Span part = part_of_row(number);
     float* returned = number == 0 && recv.returned != nullptr && lane_id() < shape.top_k
                           ? recv.returned + int64_t{token} * shape.top_k + lane_id()
@@ -232,7 +225,7 @@ struct Home {
     if (__ballot_sync(kAllLanes, !arrived) != 0) return false;
 
     const std::byte* from = nullptr;
-    if (to.rank >= 0 && !here) from = exchange.incoming(to.rank) + args.first_slot() + to.slot * args.stride();
+    if (to.rank >= 0 && !here) from = exchange.incoming(to.rank) + args.first_slot + to.slot * args.stride;
     // Of this rank's own slot: its rows, an entry a lane.
     int32_t row = -1;
     float weight = 1.0F;
@@ -246,8 +239,8 @@ struct Home {
       const int entry = to.entry();
       const int32_t own_row = __shfl_sync(kAllLanes, row, entry);
       if (returned != nullptr) {
-        *returned = to.rank < 0 || entry >= shape.entries() ? 0.0F
-                    : !here ? __ldcg(reinterpret_cast<const float*>(from + shape.home_stride()) + entry)
+        *returned = to.rank < 0 || entry >= args.entries ? 0.0F
+                    : !here ? __ldcg(reinterpret_cast<const float*>(from + args.home_stride) + entry)
                     : kSend && own_row >= 0 ? send.returns[own_row]
                                             : 0.0F;
       }
@@ -256,7 +249,7 @@ struct Home {
     const int32_t first_choice = __shfl_sync(kAllLanes, to.expert, 0);
     const std::byte* start = recv.start == nullptr || first_choice == kPastEnd
                                  ? nullptr
-                                 : static_cast<const std::byte*>(recv.start) + token * shape.row_bytes();
+                                 : static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
     for (int32_t base = part.begin; base < part.end; base += 2 * kWarp) {
       add_up(to, from, own_rows, row, weight, start, base, part.end, out);
     }
@@ -264,17 +257,17 @@ struct Home {
   }
 
   // Two vectors of each lane: what is given, then every rank's sum, ranks ascending.
-  __device__ void add_up(const Destinations& to, const std::byte* from, uint32_t own_rows, int32_t row,
+  __device__ __forceinline__ void add_up(const Destinations& to, const std::byte* from, uint32_t own_rows, int32_t row,
                          float weight, const std::byte* start, int32_t base, int32_t end, std::byte* out) const {
     float acc[2][kWidth];
+    const float none = start_of_sum(to.leaders == 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t at = base + i * kWarp + lane_id();
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) acc[i][j] = 0.0F;
+      for (int j = 0; j < kWidth; ++j) acc[i][j] = none;
       if (start != nullptr && at < end) load_values<T, false>(start + int64_t{at} * 16, acc[i]);
     }
-    bool first = start == nullptr;
     for (uint32_t left = to.leaders; left != 0;) {
       const bool waits = (left >> lane_id() & 1U) != 0;
       const uint32_t rank = __reduce_min_sync(kAllLanes, waits ? static_cast<uint32_t>(to.rank) : ~0U);
@@ -299,8 +292,7 @@ struct Home {
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) accumulate(acc[i], sums[i], first, false, 1.0F);
-      first = false;
+      for (int i = 0; i < 2; ++i) accumulate(acc[i], sums[i], 1.0F);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -309,13 +301,13 @@ struct Home {
     }
   }
 
-  __device__ void poison() {
+  __device__ __forceinline__ void poison() {
     fill_nan(recv.out, int64_t{args.tokens} * shape.hidden, shape.dtype);
     if (recv.returned != nullptr) fill_nan(recv.returned, int64_t{args.tokens} * shape.top_k, DType::kFloat32);
   }
 
-  __device__ void clear() {
-    const int64_t vecs = args.tokens * shape.row_bytes() / 16, numbers = int64_t{args.tokens} * shape.top_k;
+  __device__ __forceinline__ void clear() {
+    const int64_t vecs = args.tokens * args.row_bytes / 16, numbers = int64_t{args.tokens} * shape.top_k;
     const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, threads = int64_t{gridDim.x} * kThreads;
     for (int64_t i = thread; i < vecs; i += threads) static_cast<uint4*>(recv.out)[i] = {0, 0, 0, 0};
     for (int64_t i = thread; i < numbers; i += threads) recv.returned[i] = 0.0F;
@@ -337,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 size_t table_bytes(const MoeShape& shape) {
-  return sizeof(int32_t) * static_cast<size_t>(SlotTables(shape, nullptr).words);
+  return static_cast<size_t>(SlotTables(shape, nullptr).bytes());
 }
 
 template <bool kSend, bool kRecv, typename Visit>
@@ -357,7 +349,7 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const HomeSend& send, const HomeRecv& recv, float* ticket_out,
                     const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, false, [&](const Args& args) {
+    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1}, [&](const Args& args) {
       return launch(kernel, call, table_bytes(call.shape), args, send, recv);
     });
   });

@@ -7,6 +7,9 @@
 namespace pplx::moe::cuda {
 namespace {
 
+// Of the blocks, where some only send at first.
+constexpr double kSenderShare = 0.19;
+
 // Rows that no slot writes lie between those that some do.
 bool has_holes(const MoeShape& shape) { return shape.alignment > 1 || shape.drop || shape.padded; }
 
@@ -23,17 +26,16 @@ struct Cotangents {
   Span share;  // of the round's tokens
   int32_t* slots = nullptr;
 
-  static constexpr int kHalf = kThreads / 2;
 
   __device__ const Route& route() const { return kSend ? send.route : recv.route; }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     const bool open = state.stop == 0;
     for (int32_t i = threadIdx.x; i < tables.words; i += kThreads) tables.counts.ranks_before[i] = 0;
     __syncthreads();
     // A derivative that nobody asked for: nothing was sent.
     if (kRecv && !kSend && state.skip != 0) {
-      const int64_t vecs = recv.route.rows * shape.row_bytes() / 16;
+      const int64_t vecs = recv.route.rows * args.row_bytes / 16;
       for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < vecs; i += int64_t{gridDim.x} * kThreads) {
         static_cast<uint4*>(recv.d_y)[i] = {0, 0, 0, 0};
       }
@@ -41,32 +43,19 @@ struct Cotangents {
       return;
     }
     if (open) {
-      slots = args.control->slots + int64_t{exchange.lane()} * shape.max_tokens * shape.top_k;
+      slots = slot_notes(args, share, exchange, tables);
       const Team everybody{0, kThreads, 0};
       bool usable = read_received(args, route(), exchange, tables);
       if constexpr (kSend) {
-        if (usable) {
-          usable = number_own_tokens<kTopK>(args, everybody, share, send.route.home, exchange, tables, slots);
-        }
+        // A block that gives up would leave the others waiting for it.
+        const bool own = number_own_tokens<kTopK>(args, everybody, share, send.route.home, exchange, tables, slots);
+        usable = usable && own;
       }
       if (threadIdx.x == 0 && !usable) state.poisoned = 1;
       __syncthreads();
-      const bool poisoned = state.poisoned != 0;
+      const bool going = !exchange.stopped(), poisoned = state.poisoned != 0;
       __syncthreads();
-      const Team senders{0, kRecv ? kHalf : kThreads, 1};
-      const Team receivers{kSend ? kHalf : 0, kSend ? kHalf : kThreads, 2};
-      if (kRecv && receivers.has_me()) {
-        await_headers(args, receivers, exchange, tables, poisoned ? nullptr : tables.received);
-        if (receivers.thread() == 0) {
-          __threadfence_block();
-          *const_cast<volatile uint32_t*>(&state.placed) = 1;
-        }
-      } else if (kSend && senders.has_me()) {
-        send_rows(senders, poisoned);
-      }
-      if constexpr (kRecv) {
-        if (!poisoned) receive_rows();
-      }
+      if (going) exchange_rows(poisoned);
     }
     exchange.template finish<kSend, kRecv>([&] {
       if constexpr (kRecv) {
@@ -76,85 +65,103 @@ struct Cotangents {
     });
   }
 
+  __device__ __forceinline__ void exchange_rows(bool poisoned) {
+    const Roles<kSend, kRecv> roles(args);
+    if constexpr (kSend) {
+      if (roles.sends) send_rows(roles.senders, poisoned);
+    }
+    if constexpr (kRecv) {
+      if (roles.places) {
+        await_headers(args, roles.placers, exchange, tables, poisoned ? nullptr : tables.received);
+      }
+      roles.ready();
+      if (!exchange.stopped() && !poisoned) receive_rows();
+    }
+  }
+
   // --- home side ---
 
-  __device__ void send_rows(const Team& team, bool poisoned) {
+  __device__ __forceinline__ void send_rows(const Team& team, bool poisoned) {
     const auto total = [&](int32_t rank) { return poisoned ? 0 : tables.counts.ranks_total[rank]; };
     if (team.thread() == 0) {
-      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
+      const int32_t blocks = args.senders != 0 ? args.senders : static_cast<int32_t>(gridDim.x);
+      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += blocks) {
         exchange.announce(rank, total(rank), poisoned);
       }
     }
-    const int32_t units = poisoned ? 0 : share.size() * args.parts;
-    for (int32_t unit = team.warp(); unit < units; unit += team.warps()) {
-      send_row(share.begin + unit / args.parts, unit % args.parts);
+    const Queue queue = exchange.queue(kSendQueue, poisoned ? 0 : args.length(), args.parts);
+    for (int32_t unit = queue.take(); unit < queue.end; unit = queue.take()) {
+      send_row(args.begin() + unit / args.parts, unit % args.parts);
     }
     if (!exchange.has_proxy()) return;
     team.sync();
     if (team.thread() == 0) exchange.submit(poisoned, total);
   }
 
-  __device__ Part part_of_row(int32_t number) const {
-    const int32_t vecs = static_cast<int32_t>(shape.row_bytes() / 16);
+  __device__ __forceinline__ Part part_of_row(int32_t number) const {
+    const int32_t vecs = args.row_bytes / 16;
     return {vecs * number / args.parts * 16, vecs * (number + 1) / args.parts * 16, 0, 0};
   }
 
-  __device__ void send_row(int32_t token, int32_t number) {
-    const Destinations to = destinations_of(shape, send.route.home, slots, token);
+  __device__ __forceinline__ void send_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(args, send.route.home, slots, token);
     const bool away = to.leads && (!kRecv || to.rank != shape.rank);
     Places places{__ballot_sync(kAllLanes, away), nullptr, nullptr};
     if (places.lanes == 0) return;
-    if (away) places.row = exchange.outgoing(to.rank) + args.first_slot() + to.slot * args.stride();
+    if (away) places.row = exchange.outgoing(to.rank) + args.first_slot + to.slot * args.stride;
     copy_bytes<false>(own_row(token), part_of_row(number), places);
     __syncwarp();
     if (away) exchange.publish(to.rank, to.slot, number);
   }
 
   __device__ const std::byte* own_row(int32_t token) const {
-    return static_cast<const std::byte*>(send.d_out) + token * shape.row_bytes();
+    return static_cast<const std::byte*>(send.d_out) + int64_t{token} * args.row_bytes;
   }
 
   // --- expert side ---
 
   // By every warp: own tokens, then the tail, then the other sources', from the next rank on.
-  __device__ void receive_rows() {
-    if (lane_id() == 0) {
-      while (load_volatile(&state.placed) == 0) {
+  __device__ __forceinline__ void receive_rows() {
+    const int32_t ranks = kSend ? shape.num_ranks - 1 : shape.num_ranks;
+    if constexpr (kSend) {
+      const Queue keeps = exchange.queue(kKeepQueue, args.length(), args.parts);
+      for (int32_t unit = keeps.take(); unit < keeps.end; unit = keeps.take()) {
+        keep_row(args.begin() + unit / args.parts, unit % args.parts);
       }
-      __threadfence_block();
     }
-    __syncwarp();
-    if (exchange.stopped()) return;
     const Span zeros = tail();
-    const auto size = [&](int32_t step) {
-      if (step == 1) return zeros.size();
-      const int32_t source = step == 0 ? shape.rank : (shape.rank + step - 1) % shape.num_ranks;
-      return (step == 0 && kSend ? share : cuda::share(tables.announced[source])).size() * args.parts;
-    };
-    int32_t before = 0, step = 0, here = size(0);
-    for (;;) {
-      int32_t unit = 0;
-      if (lane_id() == 0) unit = atomicAdd(&state.next_unit, 1);
-      unit = __shfl_sync(kAllLanes, unit, 0);
-      while (unit >= before + here) {
-        before += here;
-        if (++step > shape.num_ranks) return;
-        here = size(step);
-      }
-      const int32_t at = (unit - before) / args.parts, part = (unit - before) % args.parts;
-      if (step == 1) {
-        clear_bytes(static_cast<std::byte*>(recv.d_y) + (zeros.begin + unit - before) * shape.row_bytes(),
-                    shape.row_bytes());
-      } else if (step == 0 && kSend) {
-        keep_row(share.begin + at, part);
-      } else {
-        const int32_t source = step == 0 ? shape.rank : (shape.rank + step - 1) % shape.num_ranks;
-        if (!receive_row(source, cuda::share(tables.announced[source]).begin + at, part)) return;
+    const Queue clears{&state.taken[kClearQueue], zeros.begin, zeros.end};
+    for (int32_t row = clears.take(); row < clears.end; row = clears.take()) {
+      clear_bytes(static_cast<std::byte*>(recv.d_y) + int64_t{row} * args.row_bytes, shape.row_bytes());
+    }
+    const Queue receives = exchange.queue(kReceiveQueue, *tables.most, ranks * args.parts);
+    for (int32_t unit = receives.take(); unit < receives.end; unit = receives.take()) {
+      const SlotPart from = slot_part(args, unit, ranks);
+      if (from.slot >= tables.received[from.rank]) continue;
+      if (tables.poisoned[from.rank] != 0) {
+        poison_rows(from.rank, from.slot);
+      } else if (!receive_row(from.rank, from.slot, from.part)) {
+        return;
       }
     }
   }
 
-  __device__ Span tail() const {
+  // Of a source whose data is wrong.
+  __device__ __forceinline__ void poison_rows(int32_t source, int32_t slot) {
+    const int32_t row = slot_row(args, recv.route, source, slot, exchange);
+    float nans[kVec<T>];
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) nans[j] = __builtin_nanf("");
+    const uint4 value = pack<T>(nans);
+    for (uint32_t rows = __ballot_sync(kAllLanes, row >= 0); rows != 0; rows &= rows - 1) {
+      const int64_t to = __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(rows)) - 1);
+      auto* d_y = static_cast<std::byte*>(recv.d_y) + int64_t{to} * args.row_bytes;
+      for (int64_t at = lane_id() * 16; at < shape.row_bytes(); at += kWarp * 16) store_vec(d_y + at, value);
+      if (lane_id() == 0) recv.d_row_weights[to] = __builtin_nanf("");
+    }
+  }
+
+  __device__ __forceinline__ Span tail() const {
     if (!clears_tail || args.round != 0) return {0, 0};
     int64_t end = 0;
     for (int32_t e = lane_id(); e < shape.experts_per_rank; e += kWarp) end += recv.group_sizes[e];
@@ -162,8 +169,8 @@ struct Cotangents {
     return cuda::share(static_cast<int32_t>(recv.route.rows - end), static_cast<int32_t>(end));
   }
 
-  __device__ void keep_row(int32_t token, int32_t number) {
-    const Destinations to = destinations_of(shape, send.route.home, slots, token);
+  __device__ __forceinline__ void keep_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(args, send.route.home, slots, token);
     const uint32_t here = __ballot_sync(kAllLanes, to.rank == shape.rank);
     if (here == 0) return;
     const int32_t slot = __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(here)) - 1);
@@ -171,31 +178,31 @@ struct Cotangents {
   }
 
   // False: stopped.
-  __device__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
+  __device__ __forceinline__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
     bool here = true;
     if (lane_id() == 0) here = exchange.await_slot(source, slot, number);
     if (!__shfl_sync(kAllLanes, here, 0)) return false;
-    spread<true>(exchange.incoming(source) + args.first_slot() + slot * args.stride(),
+    spread<true>(exchange.incoming(source) + args.first_slot + slot * args.stride,
                  slot_row(args, recv.route, source, slot, exchange), number);
     return true;
   }
 
   // A cotangent to the rows that the lanes hold.
   template <bool kShared>
-  __device__ void spread(const std::byte* from, int32_t row, int32_t number) {
+  __device__ __forceinline__ void spread(const std::byte* from, int32_t row, int32_t number) {
     constexpr int kWidth = kVec<T>;
     const Part part = part_of_row(number);
     uint32_t rows = __ballot_sync(kAllLanes, row >= 0);
     if (recv.y == nullptr) {
       copy_bytes<kShared>(from, part,
-                          {rows, static_cast<std::byte*>(recv.d_y) + row * shape.row_bytes(), nullptr});
+                          {rows, static_cast<std::byte*>(recv.d_y) + int64_t{row} * args.row_bytes, nullptr});
       return;
     }
     for (; rows != 0; rows &= rows - 1) {
       const int64_t to = __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(rows)) - 1);
       const float weight = recv.row_weights[to];
-      const auto* y = static_cast<const std::byte*>(recv.y) + to * shape.row_bytes();
-      auto* d_y = static_cast<std::byte*>(recv.d_y) + to * shape.row_bytes();
+      const auto* y = static_cast<const std::byte*>(recv.y) + int64_t{to} * args.row_bytes;
+      auto* d_y = static_cast<std::byte*>(recv.d_y) + int64_t{to} * args.row_bytes;
       // A lane's own terms in order, then the lanes' sums pairwise: the order never changes.
       float dot = 0.0F;
       for (int32_t base = part.begin; base < part.end; base += 4 * kWarp * 16) {
@@ -246,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 size_t table_bytes(const MoeShape& shape) {
-  return sizeof(int32_t) * static_cast<size_t>(SlotTables(shape, nullptr).words);
+  return static_cast<size_t>(SlotTables(shape, nullptr).bytes());
 }
 
 template <bool kSend, bool kRecv, typename Visit>
@@ -273,7 +280,7 @@ cudaError_t enqueue(const KernelCall& call, const CombineTransposeSend& send, co
                     float* ticket_out, const float* ticket_in) {
   const bool clears_tail = call.shape.zero_tail && !has_holes(call.shape);
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, true, [&](const Args& args) {
+    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1, .whole_rows = true}, [&](const Args& args) {
       return launch(kernel, call, table_bytes(call.shape), args, send, recv, clears_tail);
     });
   });

@@ -15,6 +15,11 @@ inline constexpr int kMaxParts = 8;
 // Tables of experts and ranks lie in shared memory.
 inline constexpr int kMaxExperts = 4096;
 inline constexpr uint32_t kMaxSites = 4096;
+inline constexpr int kMaxBlocks = 256;
+
+// Work of an exchange that any warp may take.
+enum QueueName { kSendQueue, kKeepQueue, kReceiveQueue, kClearQueue };
+inline constexpr int kQueues = 4;
 
 // What a kernel can find wrong.
 enum class Fault : uint32_t {
@@ -89,9 +94,14 @@ struct Control {
   uint32_t* ordinals;  // [lanes, max_tokens, K] of each choice, among this rank's tokens for the expert
   int32_t* slots;      // [lanes, max_tokens, K] of each choice's token on the choice's rank
   uint32_t* counts;    // [R, experts_per_rank] announced in round 0
+  uint32_t* shares;    // [lanes, R + physical experts, kMaxBlocks] slots and pairs of each block's share of the tokens
   // By kernels.
   uint64_t next;  // number of the next exchange
   uint32_t sent_blocks[kMaxLanes], received_blocks[kMaxLanes], packed_blocks[kMaxLanes];
+  uint32_t met_blocks[kMaxLanes];         // that have come to the kernel's barriers
+  uint32_t taken[kMaxLanes][kQueues];     // units of the kernel's queues
+  unsigned long long worst[kMaxLanes];  // of what blocks found wrong with the data, complemented; 0: nothing
+  uint32_t tainted[kMaxLanes];            // a route's row was out of range: outputs are poisoned
   uint32_t failed;            // Fault of the group
   uint32_t failure_claimed;
   unsigned long long data_errors_claimed;

@@ -1,19 +1,19 @@
 // dispatch: tokens to the ranks of their experts, and out again by expert.
 //
-// Half of a block's warps send, the others receive; a warp that has sent its share helps to receive. Tokens
-// for this rank itself go straight to their rows.
+// Tokens for this rank itself go straight to their rows. Of few tokens every block sends and receives its share,
+// some of its warps looking after the headers meanwhile. Of many, some blocks send and the others receive, until
+// nothing is left to send: stores over NVLink would hold up those to memory in one multiprocessor.
 #include "xla_ffi/cuda/kernels.h"
 #include "xla_ffi/cuda/launch.cuh"
 #include "xla_ffi/cuda/move.cuh"
 #include "xla_ffi/cuda/placement.cuh"
-#include "xla_ffi/cuda/plan.cuh"
+#include "xla_ffi/cuda/slots.cuh"
 
 namespace pplx::moe::cuda {
 namespace {
 
-// So many choices of a block's share of the tokens are kept in shared memory.
-constexpr int32_t kNearChoices = 512;
-
+// Of the blocks, where some only send at first.
+constexpr double kSenderShare = 0.19;
 // In dynamic shared memory.
 struct Tables {
   Counts counts;
@@ -21,6 +21,7 @@ struct Tables {
   int32_t* copies;       // [E]
   int32_t* replicas;     // [physical experts] by expert
   int32_t* source_slots;  // [R]
+  int32_t* most_slots;    // [1] of any source
   PlacementTables rows;
   int32_t* scratch;  // [E], until rows are placed
   // Of the block's share of the tokens, if it is small: docs of Control say what.
@@ -40,6 +41,7 @@ struct Tables {
     const int32_t physical = shape.physical_experts(), ranks = shape.num_ranks;
     counts = {take(ranks), take(ranks), take(physical), take(physical)};
     source_slots = take(ranks);
+    most_slots = take(1);
     replicated = take(1);
     zeroed = static_cast<int32_t>(at - memory);
     places = take(shape.num_experts);
@@ -49,7 +51,7 @@ struct Tables {
     rows.source_base = scratch;
     rows.base = take(shape.experts_per_rank + 1);
     rows.kept = take(shape.experts_per_rank);
-    rows.needed = reinterpret_cast<int64_t*>(take(2));
+    rows.needed = take(1);
     rows.dropped = take(1);
     homes = take(kNearChoices);
     slots = take(kNearChoices);
@@ -61,11 +63,13 @@ struct Tables {
 
 // Which physical expert serves a token; docs/protocol.md: of several copies, number (token + rank) mod copies.
 __device__ void find_places(const MoeShape& shape, const int32_t* map, const Tables& tables) {
+  const auto physical = static_cast<uint32_t>(shape.physical_experts());
+  const int32_t mine = threadIdx.x < physical ? map[threadIdx.x] : -1;
   const auto in_range = [&](int32_t expert) { return expert >= 0 && expert < shape.num_experts; };
   for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) tables.places[e] = -1;
   __syncthreads();
   for (int32_t p = threadIdx.x; p < shape.physical_experts(); p += kThreads) {
-    const int32_t expert = map[p];
+    const int32_t expert = p < kThreads ? mine : map[p];
     if (in_range(expert) && atomicCAS(&tables.places[expert], -1, p) != -1) *tables.replicated = 1;
   }
   __syncthreads();
@@ -122,44 +126,41 @@ struct Routing {
   int32_t num_tokens;
   unsigned long long* bad;
 
-  __device__ void operator()(int32_t token, int32_t (&home)[kTopK]) const {
-    int32_t ids[kTopK];
-#pragma unroll
-    for (int k = 0; k < kTopK; ++k) {
-      ids[k] = -1;
-      if (k < shape.top_k) ids[k] = __ldg(send.indices + int64_t{token} * shape.top_k + k);
+  __device__ int32_t load(int32_t token, int32_t k) const {
+    return __ldg(send.indices + int64_t{token} * shape.top_k + k);
+  }
+  __device__ int32_t home(int32_t token, int32_t k, int32_t id, bool valid) const {
+    const ChoiceLane<kTopK> lane;
+    const bool names = valid && token < num_tokens && id != -1;
+    // Twice in a token, if an earlier lane of the token has it too.
+    const uint32_t same = __match_any_sync(kAllLanes, names ? id : -1 - lane_id());
+    int32_t home = kNotRouted;
+    if (valid && token >= num_tokens) {
+      home = kPastEnd;
+    } else if (names) {
+      home = find(token, k, id, (same & lane.token_lanes & lanes_below()) != 0);
     }
-    const bool past = token >= num_tokens;
-#pragma unroll
-    for (int k = 0; k < kTopK; ++k) {
-      if (k >= shape.top_k) continue;
-      if (past) {
-        home[k] = kPastEnd;
-      } else if (ids[k] != -1) {
-        home[k] = find(token, k, ids);
-      }
-      if (token < share.begin || token >= share.end) continue;
+    if (valid && token >= share.begin && token < share.end) {
       const int64_t at = int64_t{token} * shape.top_k + k;
-      send.home[at] = home[k];
-      homes[at] = home[k];
+      send.home[at] = home;
+      homes[at] = home;
     }
+    return home;
   }
 
-  __device__ int32_t find(int32_t token, int k, const int32_t (&ids)[kTopK]) const {
-    if (ids[k] < 0 || ids[k] >= shape.num_experts) return wrong(token, k, Fault::kBadExpert);
-#pragma unroll
-    for (int j = 0; j < kTopK; ++j) {
-      if (j < k && ids[j] == ids[k]) return wrong(token, k, Fault::kDuplicate);
-    }
-    int32_t place = tables.places[ids[k]];
+ private:
+  __device__ int32_t find(int32_t token, int32_t k, int32_t id, bool again) const {
+    if (id < 0 || id >= shape.num_experts) return wrong(token, k, Fault::kBadExpert);
+    if (again) return wrong(token, k, Fault::kDuplicate);
+    int32_t place = tables.places[id];
     if (*tables.replicated != 0) {
-      const int32_t copies = tables.copies[ids[k]];
+      const int32_t copies = tables.copies[id];
       place = copies == 0 ? -1 : tables.replicas[place + static_cast<uint32_t>(token + shape.rank) % copies];
     }
     return place >= 0 ? place : wrong(token, k, Fault::kHomeless);
   }
 
-  __device__ int32_t wrong(int32_t token, int k, Fault fault) const {
+  __device__ int32_t wrong(int32_t token, int32_t k, Fault fault) const {
     atomicMin(bad, static_cast<unsigned long long>(token) << 16 | static_cast<unsigned long long>(k) << 8 |
                        static_cast<unsigned long long>(fault));
     return kNotRouted;
@@ -181,12 +182,11 @@ struct Dispatch {
   int32_t* slots = nullptr;
   uint32_t* ordinals = nullptr;
 
-  static constexpr int kHalf = kThreads / 2;
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     const bool open = state.stop == 0;
     if (open && kSend) {
-      if (share.size() * shape.top_k <= kNearChoices) {
+      if (args.senders == 0 && share.size() * shape.top_k <= kNearChoices) {
         const int32_t first = share.begin * shape.top_k;
         homes = tables.homes - first;
         slots = tables.slots - first;
@@ -203,71 +203,95 @@ struct Dispatch {
     if (open) {
       if constexpr (kSend) plan();
       if (threadIdx.x == 0) trace(4);
-      const bool poisoned = state.poisoned != 0;  // before the receivers judge their own part
-      __syncthreads();
-      const Team senders{0, kRecv ? kHalf : kThreads, 1};
-      const Team receivers{kSend ? kHalf : 0, kSend ? kHalf : kThreads, 2};
-      if (kRecv && receivers.has_me()) {
-        place_rows(receivers);
-      } else if (kSend && senders.has_me()) {
-        send_rows(senders, poisoned);
-      }
-      if constexpr (kRecv) receive_rows();
+      const bool going = !exchange.stopped(), poisoned = state.poisoned != 0;
+      __syncthreads();  // before anybody stops, or judges the receiving side
+      if (going) exchange_rows(poisoned);
     }
     exchange.template finish<kSend, kRecv>([&] {
       if constexpr (kRecv) poison();
     });
   }
 
+  // Whether each block counts its own share only.
+  __device__ __forceinline__ bool adds_up() const { return args.senders != 0 && shape.rounds(args.tokens) == 1; }
+
+  __device__ __forceinline__ void exchange_rows(bool poisoned) {
+    const Roles<kSend, kRecv> roles(args);
+    if constexpr (kSend) {
+      if (roles.sends) send_rows(roles.senders, poisoned);
+    }
+    if constexpr (kRecv) {
+      bool placed = false;
+      if (roles.places) placed = place_rows(roles.placers);
+      roles.ready();
+      if (placed) describe(roles.placers);
+      if (!exchange.stopped() && load_volatile(&state.poisoned) == 0) receive_rows();
+    }
+  }
+
   // --- home side ---
 
-  __device__ void plan() {
+  __device__ __forceinline__ void plan() {
+    int32_t num_tokens = *send.num_tokens;
     find_places(shape, send.expert_map, tables);
     if (threadIdx.x == 0) trace(2);
-    int32_t num_tokens = *send.num_tokens;
-    if (num_tokens < 0 || num_tokens > args.tokens) {
-      if (threadIdx.x == 0) state.bad = static_cast<unsigned long long>(Fault::kNumTokens);
-      num_tokens = 0;
-    }
-    Counts counts = tables.counts;
+    const bool miscounted = num_tokens < 0 || num_tokens > args.tokens;
+    if (miscounted) num_tokens = 0;
     const bool announces = static_cast<int32_t>(blockIdx.x) < shape.num_ranks;
-    if (!announces || args.round != 0) counts.experts_total = nullptr;
-    count_tokens<kTopK>(args, {0, kThreads, 0}, share, counts,
-                        Routing<kTopK>{shape, send, tables, share, homes, num_tokens, &state.bad});
+    Counts counts = tables.counts;
+    if (!adds_up() && (!announces || args.round != 0)) counts.experts_total = nullptr;
+    const Routing<kTopK> routing{shape, send, tables, share, homes, num_tokens, &state.bad};
+    const Team everybody{0, kThreads, 0};
+    const Span span = adds_up() ? share : Span{0, args.tokens};
+    count_tokens<kTopK>(args, everybody, span, share, counts, routing);
+    __syncthreads();
+    if (threadIdx.x == 0) trace(3);
+    if (threadIdx.x == 0) {
+      if (miscounted) state.bad = static_cast<unsigned long long>(Fault::kNumTokens);
+      // Where others count the rest, what is wrong anywhere must be known everywhere.
+      if (adds_up() && state.bad != ~0ULL) atomicMax(&args.control->worst[exchange.lane()], ~state.bad);
+    }
+    if (adds_up()) {
+      add_up_shares(args, exchange, counts);
+      if (threadIdx.x == 0) state.bad = ~load_volatile(&args.control->worst[exchange.lane()]);
+    }
     __syncthreads();
     const bool sound = state.bad == ~0ULL;
-    if (threadIdx.x == 0) trace(3);
     if (!sound) {
       if (threadIdx.x == 0) {
         state.poisoned = 1;
         if (blockIdx.x == 0) report();
       }
       for (int32_t i = threadIdx.x; i < tables.zeroed; i += kThreads) tables.counts.ranks_before[i] = 0;
-      for (int64_t i = int64_t{share.begin} * shape.top_k + threadIdx.x;
-           i < int64_t{share.end} * shape.top_k; i += kThreads) {
+      for (int32_t i = share.begin * shape.top_k + threadIdx.x; i < share.end * shape.top_k; i += kThreads) {
         send.home[i] = homes[i] = kNotRouted;
       }
       __syncthreads();
     }
     if (warp_id() == 0) {
       number_tokens<kTopK, true>(args, share, tables.counts, homes, slots, ordinals);
-    } else if (static_cast<int>(threadIdx.x) >= kHalf) {
-      const Team announcers{kHalf, kHalf, 3};
+    } else if (static_cast<int>(threadIdx.x) >= kThreads / 2) {
+      const Team announcers{kThreads / 2, kThreads / 2, 3};
       for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
         announce(announcers, rank, !sound);
       }
     }
-    __syncthreads();
+    // Any block may take any token.
+    if (args.senders != 0) {
+      exchange.meet(adds_up() ? 2 : 1);
+    } else {
+      __syncthreads();
+    }
   }
 
-  __device__ void report() {
+  __device__ __forceinline__ void report() {
     const auto fault = static_cast<Fault>(state.bad & 0xffU);
     if (fault == Fault::kNumTokens) return exchange.data_error(fault, shape.rank, *send.num_tokens);
     const auto token = static_cast<int64_t>(state.bad >> 16), k = static_cast<int64_t>(state.bad >> 8 & 0xffU);
     exchange.data_error(fault, shape.rank, token, k, send.indices[token * shape.top_k + k]);
   }
 
-  __device__ void announce(const Team& team, int32_t rank, bool poisoned) {
+  __device__ __forceinline__ void announce(const Team& team, int32_t rank, bool poisoned) {
     if (args.round == 0) {
       auto* out = reinterpret_cast<int32_t*>(exchange.outgoing(rank) + sizeof(RegionHeader));
       const int32_t words = static_cast<int32_t>(shape.counts_bytes() / 4), experts = shape.experts_per_rank;
@@ -279,37 +303,38 @@ struct Dispatch {
     if (team.thread() == 0) exchange.announce(rank, tables.counts.ranks_total[rank], poisoned);
   }
 
-  __device__ void send_rows(const Team& team, bool poisoned) {
-    const int32_t units = share.size() * args.parts;
-    for (int32_t unit = team.warp(); unit < units; unit += team.warps()) {
-      send_row(share.begin + unit / args.parts, unit % args.parts);
+  __device__ __forceinline__ void send_rows(const Team& team, bool poisoned) {
+    const Queue queue = exchange.queue(kSendQueue, args.length(), args.parts);
+    for (int32_t unit = queue.take(); unit < queue.end && !poisoned; unit = queue.take()) {
+      send_row(args.begin() + unit / args.parts, unit % args.parts);
     }
     if (team.thread() == 0) trace(5);
     if (!exchange.has_proxy()) return;
     team.sync();
     if (team.thread() == 0) {
-      exchange.submit(poisoned, [&](int32_t rank) { return tables.counts.ranks_total[rank]; });
+      exchange.submit(poisoned, [&](int32_t rank) { return poisoned ? 0 : tables.counts.ranks_total[rank]; });
     }
   }
 
-  __device__ void send_row(int32_t token, int32_t number) {
-    const Destinations to = destinations_of(shape, homes, slots, token);
+  __device__ __forceinline__ void send_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(args, homes, slots, token);
     const bool away = to.rank >= 0 && (!kRecv || to.rank != shape.rank);
     Places places{__ballot_sync(kAllLanes, away && to.leads), nullptr, nullptr};
     if (places.lanes == 0) return;
     if (away) {
       const int64_t at = int64_t{token} * shape.top_k + lane_id();
-      std::byte* slot = exchange.outgoing(to.rank) + args.first_slot() + to.slot * args.stride();
+      const float weight = send.weights[at];
+      std::byte* slot = exchange.outgoing(to.rank) + args.first_slot + to.slot * args.stride;
       auto* entry = reinterpret_cast<uint32_t*>(slot + sizeof(SlotHeader)) + 3 * to.entry();
-      entry[0] = __float_as_uint(send.weights[at]);
+      entry[0] = __float_as_uint(weight);
       entry[1] = ordinals[at];
-      entry[2] = static_cast<uint32_t>(to.expert % shape.experts_per_rank) |
+      entry[2] = static_cast<uint32_t>(to.expert - to.rank * shape.experts_per_rank) |
                  static_cast<uint32_t>(lane_id()) << 16;
       if (to.leads) {
         *reinterpret_cast<uint2*>(slot) = {static_cast<uint32_t>(token),
                                            static_cast<uint32_t>(__popc(to.group))};
-        places.row = slot + shape.slot_header_bytes();
-        places.scales = places.row + shape.token_stride();
+        places.row = slot + args.slot_header_bytes;
+        places.scales = slot + args.scales_at;
       }
     }
     move_token(token, number, places);
@@ -318,26 +343,28 @@ struct Dispatch {
   }
 
   // Of this rank's own tokens.
-  __device__ void move_token(int32_t token, int32_t number, const Places& places) {
-    const Part part = part_of_token(shape, number, args.parts);
+  __device__ __forceinline__ void move_token(int32_t token, int32_t number, const Places& places) {
+    const Part part = part_of_token(args, number);
     const bool quantizes = shape.quant != Quant::kNone && send.scales == nullptr;
     if (quantizes) {
-      quantize_part(shape, static_cast<const T*>(send.x) + int64_t{token} * shape.hidden, part, places);
+      quantize_part(shape.quant, static_cast<const T*>(send.x) + int64_t{token} * shape.hidden, part, places);
       return;
     }
-    copy_bytes<false>(static_cast<const std::byte*>(send.x) + token * shape.token_bytes(), part, places);
-    copy_scales<false>(shape, static_cast<const std::byte*>(send.scales) + token * shape.scale_bytes(), part,
+    copy_bytes<false>(static_cast<const std::byte*>(send.x) + int64_t{token} * args.token_bytes, part, places);
+    if (args.scales != 0) copy_scales<false>(shape.quant, static_cast<const std::byte*>(send.scales) + int64_t{token} * args.scale_bytes, part,
                        places);
   }
 
   // --- expert side ---
 
-  __device__ void place_rows(const Team& team) {
+  // Whether there are rows to receive.
+  __device__ __forceinline__ bool place_rows(const Team& team) {
     for (int32_t source = team.thread(); source < shape.num_ranks; source += team.threads) {
       uint32_t count = 0;
       bool poisoned = false;
       if (!exchange.await_header(source, &count, &poisoned)) break;
       tables.source_slots[source] = static_cast<int32_t>(count);
+      if (source != shape.rank || !kSend) atomicMax(tables.most_slots, static_cast<int32_t>(count));
     }
     team.sync();
     // Whoever finds something wrong below must not send others another way.
@@ -365,16 +392,11 @@ struct Dispatch {
         }
       }
     }
-    team.sync();
-    if (team.thread() == 0) {
-      trace(7);
-      __threadfence_block();
-      *const_cast<volatile uint32_t*>(&state.placed) = 1;
-    }
-    if (placed) describe(team);
+    if (team.thread() == 0) trace(7);
+    return placed;
   }
 
-  __device__ void read_counts(const Team& team) {
+  __device__ __forceinline__ void read_counts(const Team& team) {
     const int32_t experts = shape.experts_per_rank, all = shape.num_ranks * experts;
     for (int32_t i = team.thread(); i < all; i += team.threads) {
       const int32_t source = i / experts;
@@ -395,7 +417,7 @@ struct Dispatch {
   }
 
   // Outputs but for the rows themselves: what is small, and rows that nobody sends.
-  __device__ void describe(const Team& team) {
+  __device__ __forceinline__ void describe(const Team& team) {
     const int32_t experts = shape.experts_per_rank, length = args.length();
     const Route& route = recv.route;
     const int64_t thread = int64_t{blockIdx.x} * team.threads + team.thread();
@@ -408,12 +430,12 @@ struct Dispatch {
     const int64_t first = args.slot_index(0, 0), count = int64_t{shape.num_ranks} * length;
     const bool last = args.begin() + length == args.tokens;
     for (int64_t i = thread; i < count + (last ? 1 : 0); i += threads) {
-      route.slot_start[first + i] = static_cast<int32_t>((first + i) * shape.entries());
+      route.slot_start[first + i] = static_cast<int32_t>((first + i) * args.entries);
     }
     for (int32_t source = 0; source < shape.num_ranks; ++source) {
       for (int64_t slot = tables.source_slots[source] + thread; slot < length; slot += threads) {
-        for (int32_t entry = 0; entry < shape.entries(); ++entry) {
-          route.slot_rows[args.slot_index(source, static_cast<int32_t>(slot)) * shape.entries() + entry] = -1;
+        for (int32_t entry = 0; entry < args.entries; ++entry) {
+          route.slot_rows[args.slot_index(source, static_cast<int32_t>(slot)) * args.entries + entry] = -1;
         }
       }
     }
@@ -446,97 +468,98 @@ struct Dispatch {
     }
   }
 
-  __device__ void clear_row(int64_t row) {
-    clear_bytes(static_cast<std::byte*>(recv.tokens) + row * shape.token_bytes(), shape.token_bytes());
-    auto* scales = static_cast<std::byte*>(recv.scales) + row * shape.scale_bytes();
+  __device__ __forceinline__ void clear_row(int64_t row) {
+    clear_bytes(static_cast<std::byte*>(recv.tokens) + int64_t{row} * args.token_bytes, shape.token_bytes());
+    auto* scales = static_cast<std::byte*>(recv.scales) + int64_t{row} * args.scale_bytes;
     for (int64_t i = lane_id(); i < shape.scale_bytes(); i += kWarp) scales[i] = std::byte{0};
   }
 
-  __device__ Span tail() const {
-    const int64_t end = tables.rows.base[shape.experts_per_rank];
+  __device__ __forceinline__ Span tail() const {
+    const int32_t end = tables.rows.base[shape.experts_per_rank];
     if (!shape.zero_tail || args.round != 0) return {0, 0};
-    return cuda::share(static_cast<int32_t>(recv.route.rows - end), static_cast<int32_t>(end));
+    return cuda::share(static_cast<int32_t>(recv.route.rows) - end, end);
   }
 
-  // By every warp: own tokens, then the tail, then the other sources', from the next rank on.
-  __device__ void receive_rows() {
-    if (lane_id() == 0) {
-      while (load_volatile(&state.placed) == 0) {
-      }
-      __threadfence_block();
-    }
-    __syncwarp();
-    if (exchange.stopped() || state.poisoned != 0) return;
+  // By every warp: own tokens while nothing else has come, the tail, and what comes.
+  __device__ __forceinline__ void receive_rows() {
+    const int32_t sources = kSend ? shape.num_ranks - 1 : shape.num_ranks;
+    const Queue keeps = exchange.queue(kKeepQueue, kSend ? args.length() : 0, args.parts);
+    const Queue receives = exchange.queue(kReceiveQueue, *tables.most_slots, sources * args.parts);
     const Span zeros = tail();
-    const auto size = [&](int32_t step) {
-      if (step == 1) return zeros.size();
-      const int32_t source = step == 0 ? shape.rank : (shape.rank + step - 1) % shape.num_ranks;
-      return (step == 0 && kSend ? share : cuda::share(tables.source_slots[source])).size() * args.parts;
-    };
-    int32_t before = 0, step = 0, here = size(0);
-    for (;;) {
-      int32_t unit = 0;
-      if (lane_id() == 0) unit = atomicAdd(&state.next_unit, 1);
-      unit = __shfl_sync(kAllLanes, unit, 0);
-      while (unit >= before + here) {
-        before += here;
-        if (++step > shape.num_ranks) return;
-        if (threadIdx.x == kHalf) trace(7 + min(step, 2));
-        here = size(step);
+    const Queue clears{&state.taken[kClearQueue], zeros.begin, zeros.end};
+    bool keeping = kSend, clearing = zeros.size() > 0;
+    int32_t unit = receives.take();
+    while (unit < receives.end || keeping || clearing) {
+      bool waits = true;
+      if (keeping) {
+        const int32_t own = keeps.take();
+        keeping = own < keeps.end;
+        if (keeping) keep_row(args.begin() + own / args.parts, own % args.parts);
+        waits = false;
+      } else if (clearing) {
+        const int32_t row = clears.take();
+        clearing = row < clears.end;
+        if (clearing) clear_row(row);
+        waits = false;
       }
-      const int32_t at = (unit - before) / args.parts, part = (unit - before) % args.parts;
-      if (step == 1) {
-        clear_row(zeros.begin + unit - before);
-      } else if (step == 0 && kSend) {
-        keep_row(share.begin + at, part);
-      } else {
-        const int32_t source = step == 0 ? shape.rank : (shape.rank + step - 1) % shape.num_ranks;
-        if (!receive_row(source, cuda::share(tables.source_slots[source]).begin + at, part)) return;
+      while (unit < receives.end) {
+        const SlotPart here = slot_part(args, unit, sources);
+        if (here.slot < tables.source_slots[here.rank]) {
+          bool come = true, going = true;
+          if (lane_id() == 0) {
+            if (waits) {
+              come = going = exchange.await_slot(here.rank, here.slot, here.part);
+            } else {
+              come = exchange.has_arrived(here.rank, here.slot, here.part);
+            }
+          }
+          if (!__shfl_sync(kAllLanes, going, 0)) return;
+          if (!__shfl_sync(kAllLanes, come, 0)) break;
+          if (!receive_row(here.rank, here.slot, here.part)) return;
+        }
+        unit = receives.take();
       }
     }
   }
 
   // Row of a pair, or -1 where it is dropped.
-  __device__ int32_t row_of(int32_t source, int32_t expert, uint32_t ordinal) const {
+  __device__ __forceinline__ int32_t row_of(int32_t source, int32_t expert, uint32_t ordinal) const {
     const int64_t position = tables.rows.source_base[source * shape.experts_per_rank + expert] + int64_t{ordinal};
     return position < tables.rows.kept[expert] ? static_cast<int32_t>(tables.rows.base[expert] + position) : -1;
   }
 
-  __device__ Places rows_of(int32_t row) const {
+  __device__ __forceinline__ Places rows_of(int32_t row) const {
     return {__ballot_sync(kAllLanes, row >= 0),
-            static_cast<std::byte*>(recv.tokens) + row * shape.token_bytes(),
-            static_cast<std::byte*>(recv.scales) + row * shape.scale_bytes()};
+            static_cast<std::byte*>(recv.tokens) + int64_t{row} * args.token_bytes,
+            static_cast<std::byte*>(recv.scales) + int64_t{row} * args.scale_bytes};
   }
 
   // One of this rank's own tokens whose experts are here.
-  __device__ void keep_row(int32_t token, int32_t number) {
-    const Destinations to = destinations_of(shape, homes, slots, token);
+  __device__ __forceinline__ void keep_row(int32_t token, int32_t number) {
+    const Destinations to = destinations_of(args, homes, slots, token);
     const uint32_t here = __ballot_sync(kAllLanes, to.rank == shape.rank);
     if (here == 0) return;
     const bool mine = to.rank == shape.rank;
     const int64_t at = int64_t{token} * shape.top_k + lane_id();
     const int32_t row =
-        mine ? row_of(shape.rank, to.expert % shape.experts_per_rank, ordinals[at]) : -1;
+        mine ? row_of(shape.rank, to.expert - shape.rank * shape.experts_per_rank, ordinals[at]) : -1;
     if (number == 0) {
       const int32_t slot = __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(here)) - 1);
-      int32_t* rows = recv.route.slot_rows + args.slot_index(shape.rank, slot) * shape.entries();
+      int32_t* rows = recv.route.slot_rows + args.slot_index(shape.rank, slot) * args.entries;
       if (mine) {
         rows[to.entry()] = row;
         if (row >= 0) recv.row_weights[row] = send.weights[at];
       }
-      if (lane_id() >= __popc(here) && lane_id() < shape.entries()) rows[lane_id()] = -1;
+      if (lane_id() >= __popc(here) && lane_id() < args.entries) rows[lane_id()] = -1;
     }
     move_token(token, number, rows_of(row));
   }
 
-  // False: stopped.
-  __device__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
-    bool here = true;
-    if (lane_id() == 0) here = exchange.await_slot(source, slot, number);
-    if (!__shfl_sync(kAllLanes, here, 0)) return false;
-    const std::byte* from = exchange.incoming(source) + args.first_slot() + slot * args.stride();
-    const std::byte* token = from + shape.slot_header_bytes();
-    const Part part = part_of_token(shape, number, args.parts);
+  // What has arrived. False: stopped.
+  __device__ __forceinline__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
+    const std::byte* from = exchange.incoming(source) + args.first_slot + slot * args.stride;
+    const std::byte* token = from + args.slot_header_bytes;
+    const Part part = part_of_token(args, number);
     bool sound = true;
     const Places places = copy_bytes_to<true>(token, part, [&] {
       const int32_t row = entry_row(source, slot, from, number == 0, sound);
@@ -546,38 +569,38 @@ struct Dispatch {
       if (lane_id() == 0) exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kEntry), slot);
       return false;
     }
-    copy_scales<true>(shape, token + shape.token_stride(), part, places);
+    if (args.scales != 0) copy_scales<true>(shape.quant, from + args.scales_at, part, places);
     return true;
   }
 
   // Of a received slot, by a warp: lane i gets entry i's row, -1: none. All lanes get whether all are sound.
-  __device__ int32_t entry_row(int32_t source, int32_t slot, const std::byte* from, bool keeps, bool& sound) {
-    const bool could = lane_id() < shape.entries();
+  __device__ __forceinline__ int32_t entry_row(int32_t source, int32_t slot, const std::byte* from, bool keeps, bool& sound) {
+    const bool could = lane_id() < args.entries;
     const auto* entry = reinterpret_cast<const uint32_t*>(from + sizeof(SlotHeader)) + 3 * lane_id();
     const uint32_t entries = __ldcg(reinterpret_cast<const uint32_t*>(from) + 1);
     const uint32_t weight = could ? __ldcg(entry) : 0, ordinal = could ? __ldcg(entry + 1) : 0;
     const uint32_t expert = could ? __ldcg(entry + 2) & 0xffffU : 0;
     const bool is = could && lane_id() < static_cast<int>(entries);
-    const bool fits = entries <= static_cast<uint32_t>(shape.entries()) &&
+    const bool fits = entries <= static_cast<uint32_t>(args.entries) &&
                       (!is || (expert < static_cast<uint32_t>(shape.experts_per_rank) &&
                                ordinal < static_cast<uint32_t>(args.tokens)));
     sound = __all_sync(kAllLanes, fits) != 0;
     const int32_t row = sound && is ? row_of(source, static_cast<int32_t>(expert), ordinal) : -1;
     if (keeps && row >= 0) recv.row_weights[row] = __uint_as_float(weight);
-    if (keeps && could) recv.route.slot_rows[args.slot_index(source, slot) * shape.entries() + lane_id()] = row;
+    if (keeps && could) recv.route.slot_rows[args.slot_index(source, slot) * args.entries + lane_id()] = row;
     return row;
   }
 
-  __device__ void poison() {
+  __device__ __forceinline__ void poison() {
     const Route& route = recv.route;
     if (shape.quant == Quant::kNone) {
       fill_nan(recv.tokens, route.rows * shape.hidden, shape.dtype);
     } else {
-      fill(static_cast<uint8_t*>(recv.tokens), route.rows * shape.token_bytes(), uint8_t{0x7f});
+      fill(static_cast<uint8_t*>(recv.tokens), route.rows * args.token_bytes, uint8_t{0x7f});
       if (shape.quant == Quant::kFp8) {
         fill_nan(recv.scales, route.rows * shape.scales(), DType::kFloat32);
       } else {
-        fill(static_cast<uint8_t*>(recv.scales), route.rows * shape.scale_bytes(), uint8_t{0xff});
+        fill(static_cast<uint8_t*>(recv.scales), route.rows * args.scale_bytes, uint8_t{0xff});
       }
     }
     fill_nan(recv.row_weights, route.rows, DType::kFloat32);
@@ -585,7 +608,7 @@ struct Dispatch {
     const int64_t slots_in_all = int64_t{shape.num_ranks} * args.tokens;
     fill(route.source_slots, int64_t{shape.rounds(args.tokens)} * shape.num_ranks, 0);
     fill(route.slot_start, slots_in_all + 1, 0);
-    fill(route.slot_rows, slots_in_all * shape.entries(), -1);
+    fill(route.slot_rows, slots_in_all * args.entries, -1);
     if (threadIdx.x == 0) *recv.num_rows = *recv.num_dropped = *route.ok = 0;
     if constexpr (kSend) {
       // A closed or failed group has planned nothing.
@@ -633,7 +656,7 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const DispatchSend& send, const DispatchRecv& recv,
                     float* ticket_out, const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, false, [&](const Args& args) {
+    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1}, [&](const Args& args) {
       return launch(kernel, call, table_bytes(call.shape), args, send, recv);
     });
   });

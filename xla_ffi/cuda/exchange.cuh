@@ -7,6 +7,8 @@
 namespace pplx::moe::cuda {
 
 inline constexpr int kThreads = 512;
+// Of a block that both sends and receives: threads that see to headers while the others send.
+inline constexpr int kPlacers = 128;
 // So many ranks' addresses are kept in shared memory.
 inline constexpr int kNearRanks = 64;
 
@@ -29,32 +31,29 @@ struct Args {
   uint64_t tag;
   int32_t tokens;
   int32_t round;
-  int32_t parts;  // of a row; divides kMaxParts
+  int32_t parts;      // of a row; divides kMaxParts
+  int32_t senders;    // blocks that send before they receive, the others only receive; 0: every block does both
+  float per_rank;     // 1 / experts_per_rank
+  // What shape and layout say, worked out once by the host: the kernel's code is fetched anew at every launch,
+  // so that what is short is quick.
+  int32_t entries;
+  int32_t row_bytes, token_bytes, scale_bytes, scales;
+  int32_t slot_header_bytes, scales_at, home_stride;  // in a slot
+  int32_t stride, first_slot;
+  int64_t region_bytes, regions_at, epochs_at, ready_at;
   float* order;
   float* ticket_out;
   const float* ticket_in;
 
   __device__ int32_t begin() const { return round * shape.chunk; }  // first token of the round
   __device__ int32_t length() const { return min(tokens - begin(), shape.chunk); }
+  // Of a physical expert, at most kMaxExperts: no division.
+  __device__ int32_t rank_of(int32_t expert) const {
+    return __float2int_rz((static_cast<float>(expert) + 0.5F) * per_rank);
+  }
   // Of a slot in the route's arrays, which have room for every token of every source.
-  __device__ int64_t slot_index(int32_t source, int32_t slot) const {
-    return int64_t{shape.num_ranks} * begin() + int64_t{source} * length() + slot;
-  }
-  __device__ int64_t stride() const {
-    switch (kind) {
-      case Kind::kDispatch:
-        return shape.dispatch_stride();
-      case Kind::kCombine:
-        return shape.home_stride();
-      case Kind::kDispatchTranspose:
-        return shape.dispatch_transpose_stride();
-      case Kind::kCombineTranspose:
-        break;
-    }
-    return shape.row_stride();
-  }
-  __device__ int64_t first_slot() const {
-    return sizeof(RegionHeader) + (kind == Kind::kDispatch && round == 0 ? shape.counts_bytes() : 0);
+  __device__ int32_t slot_index(int32_t source, int32_t slot) const {
+    return shape.num_ranks * begin() + source * length() + slot;
   }
 };
 
@@ -73,15 +72,168 @@ struct BlockState {
   uint64_t number;
   uint32_t stop;           // a wait failed, or the group cannot be used: outputs are poisoned at the end
   uint32_t poisoned;       // this rank's data is wrong
-  uint32_t placed;         // the receiving warps have laid out where rows go
   uint32_t last;           // this block is the last to finish
   uint32_t skip;           // a derivative's recv whose send never was
-  int32_t next_unit;       // of receiving, to be taken by a warp
+  uint32_t taken[kQueues];  // units of this block's share of the work
   std::byte* host_regions;
   std::byte* host_staging;
   unsigned long long bad;  // what is wrong with the data: the smallest of token, choice and fault
   uint64_t received[kMaxLanes];
   std::byte* peers[kNearRanks];
+};
+
+// Units of work [begin, end), taken one by one, by a warp each.
+struct Queue {
+  uint32_t* taken;
+  int32_t begin, end;
+
+  // At or past `end`: nothing is left.
+  __device__ int32_t take() const {
+    int32_t unit = 0;
+    if (lane_id() == 0) unit = begin + static_cast<int32_t>(atomicAdd(taken, 1U));
+    return __shfl_sync(kAllLanes, unit, 0);
+  }
+};
+
+// What follows is rarely or never run. It stays out of line, and takes what it needs as arguments: an Exchange
+// whose address is taken would live in memory.
+
+// Where a rank's device memory is seen from here.
+static __device__ std::byte* peer_of(const Args& args, int32_t rank) { return args.control->peers[rank]; }
+
+static __device__ void write_fault(const Args& args, const BlockState& state, FaultRecord& record, Fault fault,
+                                   uint32_t culprit, int64_t detail0, int64_t detail1, int64_t detail2) {
+  record.fault = fault;
+  record.kind = static_cast<uint32_t>(args.kind);
+  record.site = args.site;
+  record.culprit = culprit;
+  record.tokens = args.tokens;
+  record.exchange = state.number;
+  record.detail[0] = detail0;
+  record.detail[1] = detail1;
+  record.detail[2] = detail2;
+  __threadfence_system();
+  *const_cast<volatile uint32_t*>(&record.complete) = 1;
+}
+
+// Final; the first one wins.
+static __device__ __noinline__ void fail(const Args& args, BlockState& state, Fault fault, int32_t culprit,
+                                         int64_t detail0, int64_t detail1) {
+  Control& control = *args.control;
+  const int32_t own = args.shape.rank;
+  if (atomicCAS(&control.failure_claimed, 0U, 1U) == 0) {
+    FaultRecord& record = control.host->failure;
+    if (fault == Fault::kMismatch) {
+      const auto lane = static_cast<int32_t>(state.number % args.layout.lanes);
+      const std::byte* memory = peer_of(args, culprit) != nullptr
+                                    ? peer_of(args, own) + args.layout.region_at(lane, culprit)
+                                    : control.host_regions + (int64_t{lane} * args.shape.num_ranks + culprit) *
+                                                                 args.region_bytes;
+      record.theirs = *reinterpret_cast<const RegionHeader*>(memory);
+    }
+    write_fault(args, state, record, fault, culprit, detail0, detail1, 0);
+    for (int32_t rank = 0; rank < args.shape.num_ranks && fault != Fault::kNotice; ++rank) {
+      std::byte* memory = peer_of(args, rank);
+      if (memory == nullptr) continue;
+      store_release(reinterpret_cast<uint64_t*>(memory + args.layout.notice_at(own)),
+                    1 + static_cast<uint64_t>(culprit));
+    }
+  }
+  atomicExch(&control.failed, static_cast<uint32_t>(fault));
+  *const_cast<volatile uint32_t*>(&state.stop) = 1;
+}
+
+// Recorded until check() takes it; the first one wins.
+static __device__ __noinline__ void data_error(const Args& args, const BlockState& state, Fault fault,
+                                               uint32_t culprit, int64_t detail0, int64_t detail1,
+                                               int64_t detail2) {
+  Control& control = *args.control;
+  const unsigned long long turn = load_volatile(&control.host->data_errors_taken) + 1;
+  if (atomicMax(&control.data_errors_claimed, turn) >= turn) return;
+  write_fault(args, state, control.host->data_error, fault, culprit, detail0, detail1, detail2);
+}
+
+// What is looked at rarely: the host over PCIe, the peers' notices, the clock. False: `state` is stopped.
+static __device__ bool go_on(const Args& args, BlockState& state, uint64_t& began, int32_t source) {
+  const Control& control = *args.control;
+  const uint64_t now = now_ns();
+  if (began == 0) {
+    began = now;
+    *const_cast<volatile uint64_t*>(&control.host->entered) = state.number + 1;
+  }
+  if (load_volatile(&control.host->abort) != 0) {
+    fail(args, state, Fault::kAborted, source, 0, 0);
+    return false;
+  }
+  const std::byte* own = peer_of(args, args.shape.rank);
+  for (int32_t rank = 0; rank < args.shape.num_ranks; ++rank) {
+    const uint64_t notice = load_acquire(reinterpret_cast<const uint64_t*>(own + args.layout.notice_at(rank)));
+    if (notice == 0) continue;
+    fail(args, state, Fault::kNotice, static_cast<int32_t>(notice - 1), rank, 0);
+    return false;
+  }
+  const uint64_t allowed = control.seen[args.site % kMaxSites] != 0
+                               ? load_volatile(&control.host->stall_ns)
+                               : load_volatile(&control.host->first_stall_ns);
+  if (now - began < allowed) return true;
+  fail(args, state, Fault::kTimeout, source, 0, 0);
+  return false;
+}
+
+// Waits until the word has the exchange's epoch. False: stopped.
+static __device__ __noinline__ bool await_slowly(const Args& args, BlockState& state, const uint64_t* word,
+                                                 int32_t source) {
+  const uint64_t epoch = state.number + 1;
+  uint64_t began = 0;
+  for (uint32_t looks = 1;; ++looks) {
+    if (load_acquire(word) >= epoch) return true;
+    if (looks % 128 == 0 && load_volatile(&args.control->failed) != 0) break;
+    if (looks % 2048 == 0 && !go_on(args, state, began, source)) break;
+  }
+  *const_cast<volatile uint32_t*>(&state.stop) = 1;
+  return false;
+}
+
+// Waits for the other blocks of the kernel, some of which may not have come in because the group had failed.
+static __device__ __noinline__ void meet_slowly(const Args& args, BlockState& state, const uint32_t& met,
+                                                uint32_t wanted) {
+  uint64_t began = 0;
+  for (uint32_t looks = 1; load_volatile(&met) < wanted; ++looks) {
+    if (looks % 2048 == 0 ? go_on(args, state, began, args.shape.rank)
+                          : load_volatile(&args.control->failed) == 0) {
+      continue;
+    }
+    *const_cast<volatile uint32_t*>(&state.stop) = 1;
+    return;
+  }
+}
+
+// Who does what in a kernel that sends and receives. Of few tokens each block's warps do: some see to the
+// headers while the others send. Of many, the first blocks send, and see to the headers afterwards.
+template <bool kSend, bool kRecv>
+struct Roles {
+  static constexpr int kReady = 4;  // barrier
+
+  bool split, sends, places;
+  Team senders, placers;
+
+  __device__ explicit Roles(const Args& args)
+      : split(!kSend || !kRecv || args.senders != 0),
+        sends(kSend && (!kRecv || (split ? static_cast<int32_t>(blockIdx.x) < args.senders
+                                         : static_cast<int>(threadIdx.x) < kThreads - kPlacers))),
+        places(kRecv && (split || static_cast<int>(threadIdx.x) >= kThreads - kPlacers)),
+        senders{0, split ? kThreads : kThreads - kPlacers, 1},
+        placers{split ? 0 : kThreads - kPlacers, split ? kThreads : kPlacers, 2} {}
+
+  // What the placers have found out is known to all after this.
+  __device__ __forceinline__ void ready() const {
+    if (split || !places) {
+      wait_at(kReady, kThreads);
+    } else {
+      arrive(kReady, kThreads);
+      __syncwarp();
+    }
+  }
 };
 
 class Exchange {
@@ -90,7 +242,7 @@ class Exchange {
 
   // By all threads. Takes the number of a send, or that of a recv from its ticket.
   template <bool kSend>
-  __device__ void begin() {
+  __device__ __forceinline__ void begin() {
     Control& control = *args_.control;
     const int thread = static_cast<int>(threadIdx.x);
     // All at once, as each takes a while.
@@ -102,8 +254,8 @@ class Exchange {
       state_.host_staging = control.host_staging;
       state_.number = kSend ? next : 0;
       state_.stop = open == 0 || failed != 0 ? 1 : 0;
-      state_.poisoned = state_.placed = state_.last = state_.skip = 0;
-      state_.next_unit = 0;
+      state_.poisoned = state_.last = state_.skip = 0;
+      for (uint32_t& taken : state_.taken) taken = 0;
       state_.bad = ~0ULL;
     } else if (thread >= kWarp && thread < kWarp + static_cast<int>(kMaxLanes)) {
       state_.received[thread - kWarp] = load_volatile(&control.received[thread - kWarp]);
@@ -133,30 +285,49 @@ class Exchange {
 
   __device__ uint64_t epoch() const { return number_ + 1; }
   __device__ int32_t lane() const { return lane_; }
-  __device__ bool stopped() const { return load_volatile(&state_.stop) != 0; }
-  __device__ void stop() { *const_cast<volatile uint32_t*>(&state_.stop) = 1; }
+  __device__ __forceinline__ bool stopped() const { return load_volatile(&state_.stop) != 0; }
+  __device__ __forceinline__ void stop() { *const_cast<volatile uint32_t*>(&state_.stop) = 1; }
 
   // A rank's device memory as seen from here; null: it is reached by proxy.
   __device__ std::byte* peer(int32_t rank) const {
     return args_.shape.num_ranks <= kNearRanks ? state_.peers[rank] : args_.control->peers[rank];
   }
-  __device__ bool direct(int32_t rank) const { return peer(rank) != nullptr; }
-  __device__ bool has_proxy() const { return state_.host_staging != nullptr; }
+  // Of `items` times `factor` units: the kernel's where blocks take sides, else the block's share.
+  __device__ __forceinline__ Queue queue(QueueName name, int32_t items, int32_t factor) const {
+    if (args_.senders != 0) return {&args_.control->taken[lane_][name], 0, items * factor};
+    const Span own = share(items);
+    return {&state_.taken[name], own.begin * factor, own.end * factor};
+  }
+  // By all threads: every block of the kernel has come here `times` times. Blocks run at the same time.
+  __device__ __forceinline__ void meet(uint32_t times) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint32_t& met = args_.control->met_blocks[lane_];
+      __threadfence();
+      atomicAdd(&met, 1U);
+      meet_slowly(args_, state_, met, times * gridDim.x);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ bool direct(int32_t rank) const { return peer(rank) != nullptr; }
+  __device__ __forceinline__ bool has_proxy() const { return state_.host_staging != nullptr; }
   // The region that this rank's message to `rank` is written to, or packed for the proxy in.
   __device__ std::byte* outgoing(int32_t rank) const {
     std::byte* memory = peer(rank);
-    if (memory != nullptr) return memory + args_.layout.region_at(lane_, args_.shape.rank);
+    if (memory != nullptr) return memory + region_at(args_.shape.rank);
     return state_.host_staging +
-           (int64_t{lane_} * args_.shape.num_ranks + rank) * args_.layout.region_bytes;
+           of_lane(rank) * args_.region_bytes;
   }
   __device__ const std::byte* incoming(int32_t source) const {
-    if (direct(source)) return own() + args_.layout.region_at(lane_, source);
+    if (direct(source)) return own() + region_at(source);
     return state_.host_regions +
-           (int64_t{lane_} * args_.shape.num_ranks + source) * args_.layout.region_bytes;
+           of_lane(source) * args_.region_bytes;
   }
 
   // By one thread, after its team's writes to the region and a barrier: the message's header.
-  __device__ void announce(int32_t rank, uint32_t slots, bool poisoned) const {
+  __device__ __forceinline__ void announce(int32_t rank, uint32_t slots, bool poisoned) const {
     if (!direct(rank)) return;
     auto& header = *reinterpret_cast<RegionHeader*>(outgoing(rank));
     const MoeShape& shape = args_.shape;
@@ -172,28 +343,29 @@ class Exchange {
     header.hidden = shape.hidden;
     header.slots = slots;
     header.culprit = shape.rank;
-    header.bytes = static_cast<uint32_t>(args_.first_slot() + slots * args_.stride());
+    header.bytes = static_cast<uint32_t>(args_.first_slot + slots * args_.stride);
     header.format = shape.format();
     header.top_k = static_cast<uint8_t>(shape.top_k);
     header.local_experts = static_cast<uint16_t>(shape.experts_per_rank);
-    auto* ready = reinterpret_cast<uint64_t*>(peer(rank) + args_.layout.ready_at(lane_, shape.rank));
+    auto* ready = reinterpret_cast<uint64_t*>(peer(rank) + ready_at(shape.rank));
     store_release(ready, epoch());
   }
   // By one lane, after its warp's writes to a part of a slot and a __syncwarp.
-  __device__ void publish(int32_t rank, int32_t slot, int32_t part) const {
+  __device__ __forceinline__ void publish(int32_t rank, int32_t slot, int32_t part) const {
     std::byte* memory = peer(rank);
     if (memory == nullptr) return;
     store_release(reinterpret_cast<uint64_t*>(
-                      memory + args_.layout.epoch_at(lane_, args_.shape.rank, slot, part)),
+                      memory + epoch_at(args_.shape.rank, slot, part)),
                   epoch());
   }
   // By one thread of each block once the block has packed its part of what goes by proxy, after a barrier.
   // `slots(rank)`: of the whole message.
   template <typename Slots>
-  __device__ void submit(bool poisoned, Slots&& slots) {
+  __device__ __forceinline__ void submit(bool poisoned, Slots&& slots) {
     Control& control = *args_.control;
     __threadfence_system();
-    if (atomicAdd(&control.packed_blocks[lane_], 1U) + 1 != gridDim.x) return;
+    const uint32_t packers = args_.senders != 0 ? args_.senders : gridDim.x;
+    if (atomicAdd(&control.packed_blocks[lane_], 1U) + 1 != packers) return;
     __threadfence_system();
     control.packed_blocks[lane_] = 0;
     for (int32_t rank = 0; rank < args_.shape.num_ranks; ++rank) {
@@ -209,12 +381,18 @@ class Exchange {
   }
 
   // By one thread: waits for a source's header and checks it. False: stopped.
-  __device__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned) {
+  __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned) {
     const auto* word =
-        direct(source) ? reinterpret_cast<const uint64_t*>(own() + args_.layout.ready_at(lane_, source))
+        direct(source) ? reinterpret_cast<const uint64_t*>(own() + ready_at(source))
                        : &args_.control->host->arrived[lane_];
     if (!await(word, source)) return false;
-    const auto& header = *reinterpret_cast<const volatile RegionHeader*>(incoming(source));
+    RegionHeader header;
+    constexpr int kVecs = offsetof(RegionHeader, site) / 16;
+    static_assert(kVecs * 16 + 12 == offsetof(RegionHeader, site));
+    uint4 some[kVecs + 1];
+#pragma unroll
+    for (int i = 0; i <= kVecs; ++i) some[i] = __ldcg(reinterpret_cast<const uint4*>(incoming(source)) + i);
+    memcpy(&header, some, offsetof(RegionHeader, site));
     const MoeShape& shape = args_.shape;
     if (header.magic != kMagic || header.version != kWireVersion ||
         header.source != static_cast<uint32_t>(source)) {
@@ -240,69 +418,60 @@ class Exchange {
     }
     return true;
   }
+  __device__ __forceinline__ bool has_arrived(int32_t source, int32_t slot, int32_t part) const {
+    if (!direct(source)) return true;
+    return load_acquire(reinterpret_cast<const uint64_t*>(
+               own() + epoch_at(source, slot, part))) >= epoch();
+  }
   // By one lane: a part of a slot. What comes by proxy is here once its header is.
-  __device__ bool await_slot(int32_t source, int32_t slot, int32_t part) {
+  __device__ __forceinline__ bool await_slot(int32_t source, int32_t slot, int32_t part) {
     if (!direct(source)) return true;
     return await(reinterpret_cast<const uint64_t*>(
-                     own() + args_.layout.epoch_at(lane_, source, slot, part)),
+                     own() + epoch_at(source, slot, part)),
                  source);
   }
 
   // Final; the first one wins.
-  __device__ void fail(Fault fault, int32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0) {
-    Control& control = *args_.control;
-    if (atomicCAS(&control.failure_claimed, 0U, 1U) == 0) {
-      FaultRecord& record = control.host->failure;
-      if (fault == Fault::kMismatch) {
-        record.theirs = *reinterpret_cast<const RegionHeader*>(incoming(culprit));
-      }
-      write(record, fault, culprit, detail0, detail1, 0);
-      if (fault != Fault::kNotice) {
-        for (int32_t rank = 0; rank < args_.shape.num_ranks; ++rank) {
-          if (!direct(rank)) continue;
-          store_release(reinterpret_cast<uint64_t*>(peer(rank) + args_.layout.notice_at(args_.shape.rank)),
-                        1 + static_cast<uint64_t>(culprit));
-        }
-      }
-    }
-    atomicExch(&control.failed, static_cast<uint32_t>(fault));
-    stop();
+  __device__ __forceinline__ void fail(Fault fault, int32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0) {
+    cuda::fail(args_, state_, fault, culprit, detail0, detail1);
   }
   // Recorded until check() takes it; the first one wins.
-  __device__ void data_error(Fault fault, uint32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0,
+  __device__ __forceinline__ void data_error(Fault fault, uint32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0,
                              int64_t detail2 = 0) {
-    Control& control = *args_.control;
-    const unsigned long long turn = load_volatile(&control.host->data_errors_taken) + 1;
-    if (atomicMax(&control.data_errors_claimed, turn) >= turn) return;
-    write(control.host->data_error, fault, culprit, detail0, detail1, detail2);
+    cuda::data_error(args_, state_, fault, culprit, detail0, detail1, detail2);
   }
 
   // By all threads, last. `poison()` is run by the last block, when all others are done with the outputs, if
   // they are not to be used.
   template <bool kSend, bool kRecv, typename Poison>
-  __device__ void finish(Poison&& poison) {
+  __device__ __forceinline__ void finish(Poison&& poison) {
     __syncthreads();
     if (threadIdx.x == 0) trace(10);
     Control& control = *args_.control;
     uint32_t& finished = kRecv ? control.received_blocks[lane_] : control.sent_blocks[lane_];
     if (threadIdx.x == 0) {
       __threadfence();
-      state_.last = atomicAdd(&finished, 1U) + 1 == gridDim.x;
+      if (atomicAdd(&finished, 1U) + 1 == gridDim.x) {
+        __threadfence();
+        const uint32_t failed = load_volatile(&control.failed), open = load_volatile(&control.open);
+        const uint32_t tainted = load_volatile(&control.tainted[lane_]);
+        state_.last = failed != 0 || open == 0 ? kFailed : tainted != 0 ? kTainted : kSound;
+      }
     }
     __syncthreads();
     if (state_.last == 0) return;
-    __threadfence();
-    const bool failed = load_volatile(&control.failed) != 0 || load_volatile(&control.open) == 0;
-    if (failed || state_.stop != 0 || state_.poisoned != 0) poison();
-    __syncthreads();
+    const bool failed = state_.last == kFailed;
+    if (state_.last != kSound || state_.stop != 0 || state_.poisoned != 0) poison();
     if (threadIdx.x != 0) return;
-    finished = 0;
+    finished = control.met_blocks[lane_] = control.tainted[lane_] = 0;
+    control.worst[lane_] = 0;
+    for (uint32_t& taken : control.taken[lane_]) taken = 0;
     control.seen[args_.site % kMaxSites] = 1;
     if (args_.order != nullptr) *args_.order = 0.0F;
     if constexpr (kSend) {
       if (!failed) control.next = number_ + 1;
       if (args_.ticket_out != nullptr) {
-        control.poisoned[lane_] = state_.poisoned;
+        control.poisoned[lane_] = state_.poisoned != 0 || state_.last == kTainted ? 1 : 0;
         for (int digit = 0; digit < 4; ++digit) {
           args_.ticket_out[digit] = failed ? 0.0F : static_cast<float>(epoch() >> (16 * digit) & 0xffffU);
         }
@@ -314,10 +483,23 @@ class Exchange {
     trace(11);
   }
 
- private:
-  __device__ const std::byte* own() const { return peer(args_.shape.rank); }
+  __device__ __forceinline__ void taint() { args_.control->tainted[lane_] = 1; }
 
-  __device__ void take_ticket() {
+ private:
+  static constexpr uint32_t kSound = 1, kTainted = 2, kFailed = 3;
+
+  __device__ const std::byte* own() const { return peer(args_.shape.rank); }
+  // The same as RegionLayout says.
+  __device__ int32_t of_lane(int32_t source) const { return lane_ * args_.shape.num_ranks + source; }
+  __device__ int64_t region_at(int32_t source) const {
+    return args_.regions_at + of_lane(source) * args_.region_bytes;
+  }
+  __device__ int64_t ready_at(int32_t source) const { return args_.ready_at + 8 * of_lane(source); }
+  __device__ int64_t epoch_at(int32_t source, int32_t slot, int32_t part) const {
+    return args_.epochs_at + 8 * ((int64_t{of_lane(source)} * args_.shape.chunk + slot) * kMaxParts + part);
+  }
+
+  __device__ __forceinline__ void take_ticket() {
     const Control& control = *args_.control;
     uint64_t ticket = 0;
     bool sound = true;
@@ -342,58 +524,8 @@ class Exchange {
     state_.poisoned = load_volatile(&control.poisoned[(ticket - 1) % lanes]);
   }
 
-  __device__ bool await(const uint64_t* word, int32_t source) {
-    if (load_acquire(word) >= epoch()) return true;
-    uint64_t began = 0;
-    for (uint32_t looks = 1;; ++looks) {
-      if (load_acquire(word) >= epoch()) return true;
-      if (looks % 128 == 0 && load_volatile(&args_.control->failed) != 0) break;
-      if (looks % 2048 == 0 && !go_on(began, source)) break;
-    }
-    stop();
-    return false;
-  }
-
-  // What is looked at rarely: the host over PCIe, the peers' notices, the clock.
-  __device__ __noinline__ bool go_on(uint64_t& began, int32_t source) {
-    const Control& control = *args_.control;
-    const uint64_t now = now_ns();
-    if (began == 0) {
-      began = now;
-      *const_cast<volatile uint64_t*>(&control.host->entered) = epoch();
-    }
-    if (load_volatile(&control.host->abort) != 0) {
-      fail(Fault::kAborted, source);
-      return false;
-    }
-    for (int32_t rank = 0; rank < args_.shape.num_ranks; ++rank) {
-      const uint64_t notice =
-          load_acquire(reinterpret_cast<const uint64_t*>(own() + args_.layout.notice_at(rank)));
-      if (notice == 0) continue;
-      fail(Fault::kNotice, static_cast<int32_t>(notice - 1), rank);
-      return false;
-    }
-    const uint64_t allowed = control.seen[args_.site % kMaxSites] != 0
-                                 ? load_volatile(&control.host->stall_ns)
-                                 : load_volatile(&control.host->first_stall_ns);
-    if (now - began < allowed) return true;
-    fail(Fault::kTimeout, source);
-    return false;
-  }
-
-  __device__ void write(FaultRecord& record, Fault fault, uint32_t culprit, int64_t detail0, int64_t detail1,
-                        int64_t detail2) const {
-    record.fault = fault;
-    record.kind = static_cast<uint32_t>(args_.kind);
-    record.site = args_.site;
-    record.culprit = culprit;
-    record.tokens = args_.tokens;
-    record.exchange = state_.number;
-    record.detail[0] = detail0;
-    record.detail[1] = detail1;
-    record.detail[2] = detail2;
-    __threadfence_system();
-    *const_cast<volatile uint32_t*>(&record.complete) = 1;
+  __device__ __forceinline__ bool await(const uint64_t* word, int32_t source) {
+    return load_acquire(word) >= epoch() || await_slowly(args_, state_, word, source);
   }
 
   const Args& args_;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdio>
+#include <cstdlib>
 #include <type_traits>
 
 #include "xla_ffi/cuda/exchange.cuh"
@@ -18,6 +19,10 @@ namespace pplx::moe::cuda {
 // visit(null pointer of the row type that `dtype` names).
 template <typename Visit>
 auto with_row_type(DType dtype, Visit&& visit) {
+#ifdef PPLX_TRACE
+  static_cast<void>(dtype);
+  return visit(static_cast<__nv_bfloat16*>(nullptr));  // quicker to compile
+#else
   switch (dtype) {
     case DType::kBFloat16:
       return visit(static_cast<__nv_bfloat16*>(nullptr));
@@ -27,25 +32,55 @@ auto with_row_type(DType dtype, Visit&& visit) {
       break;
   }
   return visit(static_cast<float*>(nullptr));
+#endif
 }
 
-// How many warps a row is cut into: few tokens are spread over all of them. Equal on all ranks.
-inline int32_t parts_of(int32_t tokens, int num_sms) {
-  constexpr int32_t kSenders = kThreads / kWarp / 2;
-  const int32_t per_block = (tokens + num_sms - 1) / num_sms;
-  int32_t parts = 1;
-  while (parts < kMaxParts && 2 * parts * per_block <= kSenders) parts *= 2;
-  return parts;
+// How a kernel's blocks share the work. Equal on all ranks.
+struct Division {
+  double sender_share = 1;   // of the blocks, where there are tokens enough for blocks to take sides
+  bool whole_rows = false;
+};
+
+inline int64_t slot_stride(const MoeShape& shape, Kind kind) {
+  switch (kind) {
+    case Kind::kDispatch:
+      return shape.dispatch_stride();
+    case Kind::kCombine:
+      return shape.home_stride();
+    case Kind::kDispatchTranspose:
+      return shape.dispatch_transpose_stride();
+    case Kind::kCombineTranspose:
+      break;
+  }
+  return shape.row_stride();
 }
+
+// From so many tokens a block on, blocks take sides.
+inline constexpr int32_t kManyTokens = 6;
 
 // enqueue(args) for each round of a step.
 template <typename Enqueue>
-cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float* ticket_in, bool whole_rows,
-                          Enqueue&& enqueue) {
+cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float* ticket_in,
+                          const Division& wanted, Enqueue&& enqueue) {
   const int32_t rounds = call.shape.rounds(call.tokens);
   if (rounds > 1 && (ticket_out != nullptr || ticket_in != nullptr)) return cudaErrorNotSupported;
+  const int32_t length = std::min(call.shape.chunk, call.tokens);
+  const int32_t per_block = (length + call.num_sms - 1) / call.num_sms;
+  // Few rows are cut into parts, so that every warp has something to move.
+  int32_t parts = 1;
+  while (!wanted.whole_rows && parts < kMaxParts && 2 * parts * per_block <= kThreads / kWarp) parts *= 2;
+  const bool sides = call.num_sms > 1 && call.shape.num_ranks > 1 && per_block >= kManyTokens;
+#ifdef PPLX_TRACE
+  const char* given = getenv("PPLX_SENDER_SHARE");
+  const Division division{given != nullptr ? atof(given) : wanted.sender_share, wanted.whole_rows};
+#else
+  const Division& division = wanted;
+#endif
+  const int32_t senders =
+      sides ? std::clamp(static_cast<int32_t>(call.num_sms * division.sender_share + 0.5), 1, call.num_sms) : 0;
+  const MoeShape& shape = call.shape;
   for (int32_t round = 0; round < rounds; ++round) {
-    const int32_t length = std::min(call.shape.chunk, call.tokens);
+    const bool counted = call.kind == Kind::kDispatch && round == 0;
     const Args args{.control = call.control,
                     .shape = call.shape,
                     .layout = call.layout,
@@ -54,7 +89,23 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
                     .tag = call.tag,
                     .tokens = call.tokens,
                     .round = round,
-                    .parts = whole_rows ? 1 : parts_of(length, call.num_sms),
+                    .parts = parts,
+                    .senders = senders,
+                    .per_rank = 1.0F / static_cast<float>(call.shape.experts_per_rank),
+                    .entries = shape.entries(),
+                    .row_bytes = static_cast<int32_t>(shape.row_bytes()),
+                    .token_bytes = static_cast<int32_t>(shape.token_bytes()),
+                    .scale_bytes = static_cast<int32_t>(shape.scale_bytes()),
+                    .scales = static_cast<int32_t>(shape.scales()),
+                    .slot_header_bytes = static_cast<int32_t>(shape.slot_header_bytes()),
+                    .scales_at = static_cast<int32_t>(shape.slot_header_bytes() + shape.token_stride()),
+                    .home_stride = static_cast<int32_t>(shape.home_stride()),
+                    .stride = static_cast<int32_t>(slot_stride(shape, call.kind)),
+                    .first_slot = static_cast<int32_t>(sizeof(RegionHeader) + (counted ? shape.counts_bytes() : 0)),
+                    .region_bytes = call.layout.region_bytes,
+                    .regions_at = call.layout.region_at(0, 0),
+                    .epochs_at = call.layout.epoch_at(0, 0, 0, 0),
+                    .ready_at = call.layout.ready_at(0, 0),
                     .order = call.order,
                     .ticket_out = ticket_out,
                     .ticket_in = ticket_in};
@@ -74,6 +125,9 @@ cudaError_t launch(void (*kernel)(Arguments...), const KernelCall& call, size_t 
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Of a multiprocessor's memory; the rest is first-level cache.
+inline constexpr int kSharedPercent = 25;
+
 // Loads a kernel and lowers `num_sms` to what runs at a time.
 template <typename Kernel>
 cudaError_t load_kernel(Kernel* kernel, size_t shared_bytes, int* num_sms) {
@@ -81,6 +135,10 @@ cudaError_t load_kernel(Kernel* kernel, size_t shared_bytes, int* num_sms) {
   int device = 0, multiprocessors = 0, blocks = 0;
   cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes));
+  // The same for all: a multiprocessor has to drain before it divides its memory anew.
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedPercent);
+  }
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, shared_bytes);
   }

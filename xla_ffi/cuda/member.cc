@@ -136,6 +136,7 @@ Member::Member(int64_t group, int device, const MoeShape& shape, GroupConfig con
     check(load_kernels(shape, &most), "loading kernels for " + std::to_string(shape.physical_experts()) +
                                           " experts on CUDA device " + std::to_string(device));
   }
+  most = std::min(most, kMaxBlocks);
   if (options.num_sms > most) {
     refuse("num_sms is " + std::to_string(options.num_sms) + ", CUDA device " + std::to_string(device) +
            " runs at most " + std::to_string(most) + " of these blocks at a time: pass a lower num_sms=");
@@ -158,8 +159,9 @@ void Member::allocate() {
   LocalRegions::instance().put(token_, regions_);
   const size_t choices = lanes * static_cast<size_t>(shape_.max_tokens) * static_cast<size_t>(shape_.top_k);
   const size_t counts = ranks * static_cast<size_t>(shape_.experts_per_rank);
+  const size_t shares = lanes * (ranks + counts) * kMaxBlocks;
   scratch_ = std::make_unique<DeviceRegions>(
-      device_, ranks * sizeof(std::byte*) + (2 * choices + counts) * sizeof(uint32_t), "scratch");
+      device_, ranks * sizeof(std::byte*) + (2 * choices + counts + shares) * sizeof(uint32_t), "scratch");
   pinned_ = std::make_unique<PinnedMemory>(device_, sizeof(HostControl) + lanes * ranks * sizeof(uint32_t));
   host().stall_ns = nanoseconds(config.stall_timeout);
   host().first_stall_ns = nanoseconds(config.first_stall_timeout);
@@ -264,6 +266,8 @@ Control Member::control_values() {
   control.slots = reinterpret_cast<int32_t*>(at);
   at += choices * sizeof(int32_t);
   control.counts = reinterpret_cast<uint32_t*>(at);
+  at += static_cast<size_t>(shape_.physical_experts()) * sizeof(uint32_t);
+  control.shares = reinterpret_cast<uint32_t*>(at);
   return control;
 }
 

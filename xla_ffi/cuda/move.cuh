@@ -1,6 +1,7 @@
 // A token's row, or a part of it, from one place to several, quantised on the way where it has to be.
 #pragma once
 
+#include "xla_ffi/cuda/exchange.cuh"
 #include "xla_ffi/cuda/vec.cuh"
 
 namespace pplx::moe::cuda {
@@ -11,14 +12,13 @@ struct Part {
   int32_t scale_begin, scale_end;
 };
 
-__device__ inline Part part_of_token(const MoeShape& shape, int32_t part, int32_t parts) {
-  if (shape.quant == Quant::kNone) {
-    const int32_t vecs = static_cast<int32_t>(shape.row_bytes() / 16);
-    return {vecs * part / parts * 16, vecs * (part + 1) / parts * 16, 0, 0};
+__device__ inline Part part_of_token(const Args& args, int32_t part) {
+  if (args.scales == 0) {
+    const int32_t vecs = args.row_bytes / 16;
+    return {vecs * part / args.parts * 16, vecs * (part + 1) / args.parts * 16, 0, 0};
   }
-  const int32_t scales = static_cast<int32_t>(shape.scales());
-  const int32_t first = scales * part / parts, last = scales * (part + 1) / parts;
-  return {first * kScaleBlock, min(last * kScaleBlock, shape.hidden), first, last};
+  const int32_t first = args.scales * part / args.parts, last = args.scales * (part + 1) / args.parts;
+  return {first * kScaleBlock, min(last * kScaleBlock, args.token_bytes), first, last};
 }
 
 // Where a row goes: the lanes in `lanes` hold one place each.
@@ -27,14 +27,22 @@ struct Places {
   std::byte* row;
   std::byte* scales;
 
-  // visit(row, scales) for each; by the whole warp.
+  // visit(row) or visit(row, scales) for each; by the whole warp.
+  template <typename Visit>
+  __device__ void each_row(Visit&& visit) const {
+    for (uint32_t left = lanes; left != 0; left &= left - 1) visit(of(row, __ffs(static_cast<int>(left)) - 1));
+  }
   template <typename Visit>
   __device__ void each(Visit&& visit) const {
     for (uint32_t left = lanes; left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1;
-      visit(reinterpret_cast<std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), lane)),
-            reinterpret_cast<std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(scales), lane)));
+      visit(of(row, lane), of(scales, lane));
     }
+  }
+
+ private:
+  __device__ static std::byte* of(std::byte* mine, int lane) {
+    return reinterpret_cast<std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(mine), lane));
   }
 };
 
@@ -57,7 +65,7 @@ __device__ inline Places copy_bytes_to(const std::byte* source, Part part, FindP
       to = find();
       found = true;
     }
-    to.each([&](std::byte* row, std::byte*) {
+    to.each_row([&](std::byte* row) {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int32_t at = first + i * kWarp * 16;
@@ -68,17 +76,16 @@ __device__ inline Places copy_bytes_to(const std::byte* source, Part part, FindP
   return found ? to : find();
 }
 template <bool kShared>
-__device__ inline void copy_bytes(const std::byte* source, Part part, const Places& to) {
+__device__ __noinline__ void copy_bytes(const std::byte* source, Part part, Places to) {
   copy_bytes_to<kShared>(source, part, [&] { return to; });
 }
 
 template <bool kShared>
-__device__ inline void copy_scales(const MoeShape& shape, const std::byte* source, Part part,
-                                   const Places& to) {
+__device__ __noinline__ void copy_scales(Quant quant, const std::byte* source, Part part, Places to) {
   for (int32_t base = part.scale_begin; base < part.scale_end; base += kWarp) {
     const int32_t at = base + lane_id();
     const bool mine = at < part.scale_end;
-    if (shape.quant == Quant::kFp8) {
+    if (quant == Quant::kFp8) {
       const auto* from = reinterpret_cast<const float*>(source) + at;
       const float scale = mine ? (kShared ? __ldcg(from) : __ldg(from)) : 0.0F;
       to.each([&](std::byte*, std::byte* scales) {
@@ -95,7 +102,7 @@ __device__ inline void copy_scales(const MoeShape& shape, const std::byte* sourc
 }
 
 template <typename T>
-__device__ inline void quantize_part(const MoeShape& shape, const T* source, Part part, const Places& to) {
+__device__ __noinline__ void quantize_part(Quant quant, const T* source, Part part, Places to) {
   constexpr int kLanes = kScaleBlock / kVec<T>;  // of a block
   constexpr int kBlocks = kWarp / kLanes;        // of a warp at a time
   constexpr int kAtOnce = 4;
@@ -106,7 +113,7 @@ __device__ inline void quantize_part(const MoeShape& shape, const T* source, Par
     for (int i = 0; i < kAtOnce; ++i) {
       const int32_t block = base + i * kBlocks + lane_id() / kLanes;
       const int32_t at = block * kScaleBlock + block_lane * kVec<T>;
-      some[i] = block < part.scale_end && at < shape.hidden ? load_vec(source + at) : uint4{0, 0, 0, 0};
+      some[i] = at < part.end ? load_vec(source + at) : uint4{0, 0, 0, 0};
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -123,18 +130,18 @@ __device__ inline void quantize_part(const MoeShape& shape, const T* source, Par
         max = ::max(max, __shfl_xor_sync(kAllLanes, max, width));
       }
       const bool finite = max < 0x7f800000U;
-      const BlockScale scale = block_scale(finite ? __uint_as_float(max) : 0.0F, shape.quant);
+      const BlockScale scale = block_scale(finite ? __uint_as_float(max) : 0.0F, quant);
       uint32_t words[kVec<T> / 4];
 #pragma unroll
       for (int w = 0; w < kVec<T> / 4; ++w) {
         words[w] = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t byte = finite ? e4m3(__fmul_rn(values[4 * w + j], scale.inverse)) : 0x7fU;
-          words[w] |= byte << (8 * j);
+        for (int j = 0; j < 4; j += 2) {
+          const uint32_t two = e4m3_pair(__fmul_rn(values[4 * w + j], scale.inverse),
+                                         __fmul_rn(values[4 * w + j + 1], scale.inverse));
+          words[w] |= (finite ? two : 0x7f7fU) << (8 * j);
         }
       }
-      const bool mine = block < part.scale_end && at < shape.hidden;
+      const bool mine = at < part.end;
       to.each([&](std::byte* row, std::byte* scales) {
         if (!mine) return;
         if constexpr (kVec<T> == 8) {
@@ -143,7 +150,7 @@ __device__ inline void quantize_part(const MoeShape& shape, const T* source, Par
           *reinterpret_cast<uint32_t*>(row + at) = words[0];
         }
         if (block_lane != 0) return;
-        if (shape.quant == Quant::kFp8) {
+        if (quant == Quant::kFp8) {
           reinterpret_cast<float*>(scales)[block] = scale.value;
         } else {
           reinterpret_cast<uint8_t*>(scales)[block] = scale.exponent;
@@ -160,7 +167,7 @@ __device__ inline void clear_bytes(std::byte* at, int64_t bytes) {
 
 // By a block: `count` NaNs of a type, or bytes of a value.
 template <typename T>
-__device__ inline void fill(T* at, int64_t count, T value) {
+__device__ __noinline__ void fill(T* at, int64_t count, T value) {
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) at[i] = value;
 }
 __device__ inline void fill_nan(void* at, int64_t count, DType dtype) {

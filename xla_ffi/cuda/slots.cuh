@@ -13,7 +13,9 @@ struct SlotTables {
   int32_t* announced;   // [R] slots that the source says it sends
   uint32_t* poisoned;   // [R] the source's data is wrong
   uint32_t* unsound;    // [1] the route is not one that dispatch returned
-  int32_t words;
+  int32_t* most;        // [1] slots that travel between two ranks
+  int32_t words;        // of the above
+  int32_t* near;        // [kNearChoices] slots of the share's tokens, if there are few
 
   __host__ __device__ SlotTables(const MoeShape& shape, int32_t* memory) {
     const int32_t ranks = (shape.num_ranks + 1) / 2 * 2;
@@ -22,18 +24,33 @@ struct SlotTables {
     announced = memory + 3 * ranks;
     poisoned = reinterpret_cast<uint32_t*>(memory + 4 * ranks);
     unsound = reinterpret_cast<uint32_t*>(memory + 5 * ranks);
+    most = memory + 5 * ranks + 1;
     words = 5 * ranks + 2;
+    near = memory + words;
   }
+  __host__ __device__ int32_t bytes() const { return 4 * (words + kNearChoices); }
 };
 
+// A part of a slot of another rank.
+struct SlotPart {
+  int32_t rank, slot, part;
+};
+// The unit of work with a number: of `ranks` ranks in turn, from the next one on.
+__device__ inline SlotPart slot_part(const Args& args, int32_t unit, int32_t ranks) {
+  const int32_t part = unit % args.parts, at = unit / args.parts;
+  const int32_t slot = at / ranks, rank = args.shape.rank + (at - slot * ranks) + 1;
+  return {rank < args.shape.num_ranks ? rank : rank - args.shape.num_ranks, slot, part};
+}
+
 // By a block: what was received. False: unusable, which is recorded.
-__device__ inline bool read_received(const Args& args, const Route& route, Exchange& exchange,
+__device__ __forceinline__ bool read_received(const Args& args, const Route& route, Exchange& exchange,
                                      const SlotTables& tables) {
   const bool failed = *route.ok != 1;
   for (int32_t s = threadIdx.x; s < args.shape.num_ranks; s += kThreads) {
     const int32_t count = failed ? 0 : route.source_slots[int64_t{args.round} * args.shape.num_ranks + s];
     if (count < 0 || count > args.length()) *tables.unsound = 1;
     tables.received[s] = count;
+    atomicMax(tables.most, count);
   }
   __syncthreads();
   const bool usable = !failed && *tables.unsound == 0;
@@ -44,29 +61,52 @@ __device__ inline bool read_received(const Args& args, const Route& route, Excha
   return usable;
 }
 
-// By a team: where this rank's own tokens are. False: unusable, which is recorded.
-template <int kTopK>
-__device__ bool number_own_tokens(const Args& args, const Team& team, Span share, const int32_t* home,
-                                  Exchange& exchange, const SlotTables& tables, int32_t* slots) {
-  count_tokens<kTopK>(args, team, share, tables.counts,
-                      CheckedHomes<kTopK>{args.shape, home, tables.unsound});
-  team.sync();
-  const bool usable = *tables.unsound == 0;
-  team.sync();
-  if (!usable) {
-    if (blockIdx.x == 0 && team.thread() == 0) exchange.data_error(Fault::kForeignRoute, args.shape.rank);
-    return false;
+// Where the slots of this rank's tokens are noted down, [T, K].
+__device__ __forceinline__ int32_t* slot_notes(const Args& args, Span share, const Exchange& exchange,
+                                      const SlotTables& tables) {
+  if (args.senders == 0 && share.size() * args.shape.top_k <= kNearChoices) {
+    return tables.near - share.begin * args.shape.top_k;
   }
-  if (team.warp() == 0) {
+  return args.control->slots + int64_t{exchange.lane()} * args.shape.max_tokens * args.shape.top_k;
+}
+
+// By a team, which is the whole block where blocks take sides: where this rank's own tokens are. False:
+// unusable, which is recorded, or stopped.
+template <int kTopK>
+__device__ __forceinline__ bool number_own_tokens(const Args& args, const Team& team, Span share, const int32_t* home,
+                                  Exchange& exchange, const SlotTables& tables, int32_t* slots) {
+  const CheckedHomes choices{args.shape, home, tables.unsound};
+  const bool adds_up = args.senders != 0 && args.shape.rounds(args.tokens) == 1;
+  const Span span = adds_up ? share : Span{0, args.tokens};
+  count_tokens<kTopK>(args, team, span, share, tables.counts, choices);
+  team.sync();
+  bool usable = *tables.unsound == 0;
+  team.sync();
+  if (adds_up) {
+    // Where others count the rest, what is wrong anywhere must be known everywhere.
+    unsigned long long& worst = args.control->worst[exchange.lane()];
+    if (team.thread() == 0 && !usable) atomicMax(&worst, 1ULL);
+    add_up_shares(args, exchange, tables.counts);
+    usable = load_volatile(&worst) == 0;
+    team.sync();
+  }
+  if (usable && team.warp() == 0) {
     number_tokens<kTopK, false>(args, share, tables.counts, home, slots, nullptr);
   }
-  team.sync();
-  return true;
+  if (!usable && blockIdx.x == 0 && team.thread() == 0) {
+    exchange.data_error(Fault::kForeignRoute, args.shape.rank);
+  }
+  if (args.senders != 0) {
+    exchange.meet(adds_up ? 2 : 1);
+  } else {
+    team.sync();
+  }
+  return usable;
 }
 
 // By a team: every source's header. False: stopped. `expected`: slots that each must announce unless it is
 // poisoned, or null.
-__device__ inline bool await_headers(const Args& args, const Team& team, Exchange& exchange,
+__device__ __forceinline__ bool await_headers(const Args& args, const Team& team, Exchange& exchange,
                                      const SlotTables& tables, const int32_t* expected) {
   for (int32_t source = team.thread(); source < args.shape.num_ranks; source += team.threads) {
     uint32_t count = 0;
@@ -87,12 +127,13 @@ __device__ inline bool await_headers(const Args& args, const Team& team, Exchang
 }
 
 // The rows of a slot, seen by a warp: lane i has entry i's, -1: none.
-__device__ inline int32_t slot_row(const Args& args, const Route& route, int32_t source, int32_t slot,
+__device__ __forceinline__ int32_t slot_row(const Args& args, const Route& route, int32_t source, int32_t slot,
                                    Exchange& exchange) {
-  if (lane_id() >= args.shape.entries()) return -1;
-  const int32_t row = route.slot_rows[args.slot_index(source, slot) * args.shape.entries() + lane_id()];
-  if (row < route.rows) return row;
+  if (lane_id() >= args.entries) return -1;
+  const int32_t row = route.slot_rows[args.slot_index(source, slot) * args.entries + lane_id()];
+  if (row >= -1 && row < route.rows) return row;
   exchange.data_error(Fault::kForeignRoute, args.shape.rank);
+  exchange.taint();
   return -1;
 }
 

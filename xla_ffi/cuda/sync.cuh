@@ -42,6 +42,14 @@ __device__ inline int64_t warp_sum(int64_t value) {
   return value;
 }
 
+// Barriers of a block: some of its threads only announce that they have come, the others wait for all.
+__device__ inline void arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline void wait_at(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
+
 // Some of a block's warps, which work together and meet at a barrier of their own.
 struct Team {
   int first;  // thread
@@ -52,7 +60,7 @@ struct Team {
   __device__ int warp() const { return thread() / kWarp; }
   __device__ int warps() const { return threads / kWarp; }
   __device__ bool has_me() const { return thread() >= 0 && thread() < threads; }
-  __device__ void sync() const { asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory"); }
+  __device__ void sync() const { wait_at(barrier, threads); }
 };
 
 }  // namespace pplx::moe::cuda

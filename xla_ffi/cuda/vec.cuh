@@ -97,15 +97,14 @@ __device__ inline void load_values(const std::byte* at, float (&values)[kCount])
   }
 }
 
-// acc (+)= weight * values, product and sum rounded apart.
+// What a sum starts from: -0, to which adding the first term gives that term; 0 if there is none.
+__device__ inline float start_of_sum(bool empty) { return empty ? 0.0F : -0.0F; }
+
+// acc += weight * values, product and sum rounded apart.
 template <int kCount>
-__device__ inline void accumulate(float (&acc)[kCount], const float (&values)[kCount], bool first,
-                                  bool weighted, float weight) {
+__device__ inline void accumulate(float (&acc)[kCount], const float (&values)[kCount], float weight) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float term = weighted ? __fmul_rn(weight, values[i]) : values[i];
-    acc[i] = first ? term : __fadd_rn(acc[i], term);
-  }
+  for (int i = 0; i < kCount; ++i) acc[i] = __fadd_rn(acc[i], __fmul_rn(weight, values[i]));
 }
 
 // --- float8: quantize.h says what the numbers are ---
@@ -113,6 +112,14 @@ __device__ inline void accumulate(float (&acc)[kCount], const float (&values)[kC
 inline constexpr float kLargestE4m3 = 448.0F;
 inline constexpr float kSmallestMaximum = 7.888609052210118e-31F;  // 2^-100
 
+// Two finite values, the first in the low byte.
+#if __CUDA_ARCH__ >= 890
+__device__ inline uint32_t e4m3_pair(float first, float second) {
+  uint16_t bytes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(second), "f"(first));
+  return bytes;
+}
+#else
 __device__ inline uint32_t e4m3(float value) {
   const uint32_t bits = __float_as_uint(value);
   const uint32_t sign = (bits >> 24) & 0x80U;
@@ -122,9 +129,10 @@ __device__ inline uint32_t e4m3(float value) {
       __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 16384.0F)) - __float_as_uint(16384.0F);
   uint32_t byte = magnitude < (121U << 23) ? subnormal : normal;
   byte = magnitude >= __float_as_uint(kLargestE4m3) ? 0x7eU : byte;
-  byte = magnitude > 0x7f800000U ? 0x7fU : byte;
   return sign | byte;
 }
+__device__ inline uint32_t e4m3_pair(float first, float second) { return e4m3(first) | e4m3(second) << 8; }
+#endif
 
 struct BlockScale {
   float value;

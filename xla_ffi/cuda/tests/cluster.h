@@ -59,6 +59,7 @@ class Rank {
         ordinals_(4 * int64_t{layout_.lanes} * shape.max_tokens * shape.top_k),
         slots_(4 * int64_t{layout_.lanes} * shape.max_tokens * shape.top_k),
         counts_(4 * int64_t{shape.physical_experts()}),
+        shares_(4 * int64_t{layout_.lanes} * (shape.num_ranks + shape.physical_experts()) * kMaxBlocks),
         peers_(sizeof(void*) * shape.num_ranks),
         control_(sizeof(Control)),
         host_(sizeof(HostControl)),
@@ -89,6 +90,7 @@ class Rank {
     control.ordinals = ordinals_.as<uint32_t>();
     control.slots = slots_.as<int32_t>();
     control.counts = counts_.as<uint32_t>();
+    control.shares = shares_.as<uint32_t>();
     if (std::find(peers.begin(), peers.end(), nullptr) != peers.end()) {
       const int64_t bytes = int64_t{layout_.lanes} * shape_.num_ranks * layout_.region_bytes;
       host_regions_ = std::make_unique<PinnedMemory>(bytes);
@@ -134,7 +136,7 @@ class Rank {
   RegionLayout layout_;
   int device_, num_sms_;
   Stream stream_;
-  DeviceMemory regions_, ordinals_, slots_, counts_, peers_, control_;
+  DeviceMemory regions_, ordinals_, slots_, counts_, shares_, peers_, control_;
   PinnedMemory host_, host_slots_;
   std::unique_ptr<PinnedMemory> host_regions_, host_staging_;
 };
