@@ -59,6 +59,7 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, 
   group.begin(run, met_);
   number_ = parked->first;
   lane_ = static_cast<uint32_t>(number_ % group.lanes_);
+  round_ = parked->second.round;
   first_call_ = parked->second.first_call;
   *poisoned = parked->second.poisoned;
   resumed_ = unfinished_ = true;
@@ -68,6 +69,7 @@ Exchange::Exchange(ExchangeGroup& group, const CallSite& site, uint64_t ticket, 
 uint64_t Exchange::park(bool poisoned) {
   group_.parked_.emplace(number_, ExchangeGroup::Parked{.kind = site_.kind,
                                                         .tag = site_.tag,
+                                                        .round = round_,
                                                         .run = group_.current_run_,
                                                         .first_call = first_call_,
                                                         .poisoned = poisoned});

@@ -135,6 +135,7 @@ class ExchangeGroup {
   struct Parked {
     Kind kind;
     uint64_t tag;
+    uint32_t round;
     int64_t run;
     bool first_call, poisoned;
   };
