@@ -73,10 +73,11 @@ struct HostControl {
   uint64_t entered;  // latest exchange in which a kernel waits, plus one
   Submission submissions[kMaxLanes];
   // By the host.
-  uint64_t abort;                // not 0: every wait ends, everything poisons
-  uint64_t data_errors_taken;    // how many data errors check() has taken
+  uint64_t abort;              // not 0: every wait ends, everything poisons
+  uint64_t data_errors_taken;  // how many data errors check() has taken
   uint64_t stall_ns, first_stall_ns;
-  uint64_t arrived[kMaxLanes];  // exchange + 1 whose messages by proxy are all here, and whose own ones have left
+  // Exchange + 1 whose messages by proxy are all here, and whose own ones have left.
+  uint64_t arrived[kMaxLanes];
 };
 
 // Device memory of a group on one device of this process. Compiled programs hold its address: it is never
@@ -94,15 +95,16 @@ struct Control {
   uint32_t* ordinals;  // [lanes, max_tokens, K] of each choice, among this rank's tokens for the expert
   int32_t* slots;      // [lanes, max_tokens, K] of each choice's token on the choice's rank
   uint32_t* counts;    // [R, experts_per_rank] announced in round 0
-  uint32_t* shares;    // [lanes, R + physical experts, kMaxBlocks] slots and pairs of each block's share of the tokens
+  // [lanes, R + physical experts, kMaxBlocks] slots and pairs of each block's share of the tokens.
+  uint32_t* shares;
   // By kernels.
   uint64_t next;  // number of the next exchange
   uint32_t sent_blocks[kMaxLanes], received_blocks[kMaxLanes], packed_blocks[kMaxLanes];
-  uint32_t met_blocks[kMaxLanes];         // that have come to the kernel's barriers
-  uint32_t taken[kMaxLanes][kQueues];     // units of the kernel's queues
+  uint32_t met_blocks[kMaxLanes];       // that have come to the kernel's barriers
+  uint32_t taken[kMaxLanes][kQueues];   // units of the kernel's queues
   unsigned long long worst[kMaxLanes];  // of what blocks found wrong with the data, complemented; 0: nothing
-  uint32_t tainted[kMaxLanes];            // a route's row was out of range: outputs are poisoned
-  uint32_t failed;            // Fault of the group
+  uint32_t tainted[kMaxLanes];          // a route's row was out of range: outputs are poisoned
+  uint32_t failed;                      // Fault of the group
   uint32_t failure_claimed;
   unsigned long long data_errors_claimed;
   uint64_t received[kMaxLanes];  // exchange + 1

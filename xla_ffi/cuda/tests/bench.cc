@@ -236,9 +236,9 @@ class Bench {
         what_(what),
         sms_(sms),
         problem_(problem(options, what)),
-        cluster_(problem_, {.num_sms = sms,
-                            .devices = devices,
-                            .adjust_shape = [&](MoeShape& shape) { shape.zero_tail = options.zero_tail; }}) {
+        cluster_(problem_, {.num_sms = sms, .devices = devices, .adjust_shape = [&](MoeShape& shape) {
+                              shape.zero_tail = options.zero_tail;
+                            }}) {
     cluster_.each([&](int rank) {
       loads_.push_back(
           std::make_unique<Load>(problem_, cluster_[rank].shape(), options.iterations, 1 + rank));

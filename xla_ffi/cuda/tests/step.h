@@ -359,9 +359,9 @@ class Steps {
       expect_equal(got, wanted()[rank], text);
       EXPECT_FALSE(steps_[rank]->wrote_past_an_end()) << text;
       const FaultRecord& failure = cluster_[rank].host().failure;
-      EXPECT_EQ(failure.complete, 0U) << text << ": fault " << static_cast<int>(failure.fault) << " of exchange "
-                                      << failure.exchange << ", kind " << failure.kind << ", culprit "
-                                      << failure.culprit << ", detail " << failure.detail[0];
+      EXPECT_EQ(failure.complete, 0U)
+          << text << ": fault " << static_cast<int>(failure.fault) << " of exchange " << failure.exchange
+          << ", kind " << failure.kind << ", culprit " << failure.culprit << ", detail " << failure.detail[0];
       EXPECT_EQ(cluster_[rank].host().data_error.complete, 0U) << text;
       if (::testing::Test::HasFailure()) return;
     }
