@@ -199,7 +199,13 @@ class ExchangeConfig:
         return 0 if self.quant is None else -(-self.hidden // SCALE_BLOCK)
 
     def memory(self, num_ranks: int, experts_per_rank: int | None = None) -> Memory:
-        """Bytes that a group of ``num_ranks`` allocates on each rank."""
+        """Bytes that a group of ``num_ranks`` allocates on each rank, on CPUs.
+
+        On GPUs the ``regions`` lie in device memory, with 64 bytes more for each of their
+        ``2 * depth * num_ranks * chunk`` slots and a few MiB of scratch. Where ranks are reached by the host,
+        twice as much as ``regions`` is pinned host memory on top, in place of ``staging``. What a group has
+        allocated is in ``ExpertParallel.stats()["memory"]``.
+        """
         num_ranks = _integer("num_ranks", num_ranks, 1, MAX_RANKS)
         if experts_per_rank is not None:
             experts_per_rank = _integer("experts_per_rank", experts_per_rank, 1, 65535)

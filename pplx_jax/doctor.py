@@ -324,8 +324,7 @@ def _cuda(gpus: list[dict[str, str]], problems: list[Problem]) -> dict[str, Any]
                 Problem(
                     "warning",
                     "there are GPUs, but pplx_jax has no CUDA kernels: groups on GPUs cannot connect",
-                    "install pplx-jax-cuda13 (or -cuda12, whichever CUDA your jax has), or build pplx-jax "
-                    "where nvcc is on PATH",
+                    gpu.GET_KERNELS,
                 )
             )
         return {"extension": None, "devices": 0}

@@ -420,7 +420,9 @@ class ExpertParallel:
         """Counters of this process's ranks, since they connected.
 
         Returns:
-          A dict: ``name``, ``state``, ``fabric``, ``memory`` in bytes, and
+          A dict: ``name``, ``state``, ``fabric``,
+            ``memory``: bytes of one rank, ``regions``, ``staging`` and ``total``; of a connected group on GPUs
+            ``device``, ``pinned`` and ``total``, as they are allocated;
             ``ranks``: for each local rank its ``exchanges``, and ``peers`` by rank: ``process`` (host and
             pid), ``sent_bytes``, ``received_bytes``, and how late its messages came, in seconds after this
             rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``

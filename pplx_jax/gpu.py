@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 #: Multiprocessors that a kernel takes unless ``num_sms`` says otherwise; others are for what runs beside it.
 DEFAULT_SMS = 64
+#: What to do where kernels are missing.
+GET_KERNELS = (
+    "make an editable install from a clone (`pip install -e .`) with nvcc on PATH or in CUDACXX, or build and "
+    "install the plugin pplx-jax-cuda13 (or -cuda12, whichever CUDA your jax has; docs/wheels.md); a regular "
+    "`pip install .` has no kernels"
+)
 
 
 @functools.cache
@@ -44,8 +50,7 @@ def require() -> Any:
     if found is None:
         problems = [f"{plugin.name}: {plugin.problem}" for plugin in plugins.discover() if plugin.problem]
         raise FabricError(
-            "JAX runs on GPUs here, but pplx_jax has no CUDA kernels: install pplx-jax-cuda13 (or -cuda12, "
-            "whichever CUDA your jax has), or build pplx-jax where nvcc is on PATH"
+            f"JAX runs on GPUs here, but pplx_jax has no CUDA kernels: {GET_KERNELS}"
             + "".join(f"; plugin {problem}" for problem in problems)
         )
     found.set_library_search_path(library_folders())

@@ -288,15 +288,23 @@ class Membership:
         for rank in ranks:
             for peer in rank["peers"]:
                 peer["mean_wait_seconds"] = peer["waited_seconds"] / max(rank["exchanges"], 1)
-        memory = self._config.memory(self._num_ranks, self._experts_per_rank)
         return {
             "name": self._name,
             "state": self.state,
             "fabric": ranks[0]["fabric"] if ranks else None,
-            "memory": {"regions": memory.regions, "staging": memory.staging, "total": memory.total},
+            "memory": self._memory(ranks),
             "ranks": ranks,
             "slowest": self._slowest(ranks),
         }
+
+    def _memory(self, ranks: list[dict[str, Any]]) -> dict[str, int]:
+        """Bytes of one rank: of a CPU's computed, of a GPU's as the largest local rank has allocated them."""
+        if ranks and "device_bytes" in ranks[0]:
+            most = max(ranks, key=lambda rank: rank["device_bytes"] + rank["pinned_bytes"])
+            device, pinned = most["device_bytes"], most["pinned_bytes"]
+            return {"device": device, "pinned": pinned, "total": device + pinned}
+        memory = self._config.memory(self._num_ranks, self._experts_per_rank)
+        return {"regions": memory.regions, "staging": memory.staging, "total": memory.total}
 
     def _slowest(self, ranks: list[dict[str, Any]]) -> dict[str, Any] | None:
         slowest: dict[str, Any] | None = None
