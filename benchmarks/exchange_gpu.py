@@ -361,8 +361,15 @@ def group(shape: Shape, mesh: Mesh, options: argparse.Namespace, sms: int | None
     )
 
 
+def gpus() -> list[jax.Device]:
+    try:
+        return jax.devices("gpu")
+    except RuntimeError as error:
+        raise SystemExit(f"exchange_gpu needs GPUs, and JAX finds none: {error}") from error
+
+
 def run(options: argparse.Namespace) -> list[Row]:
-    devices = jax.devices("gpu")[: options.ranks]
+    devices = gpus()[: options.ranks]
     mesh = Mesh(np.array(devices), ("ep",))
     rates = copy_rates(devices)
     print(

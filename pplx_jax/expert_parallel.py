@@ -421,8 +421,8 @@ class ExpertParallel:
 
         Returns:
           A dict: ``name``, ``state``, ``fabric``,
-            ``memory``: bytes of one rank, ``regions``, ``staging`` and ``total``; of a connected group on GPUs
-            ``device``, ``pinned`` and ``total``, as they are allocated;
+            ``memory``: bytes of one rank, ``regions``, ``staging`` and ``total``; of a connected group on
+            GPUs ``device``, ``pinned`` and ``total``, as they are allocated;
             ``ranks``: for each local rank its ``exchanges``, and ``peers`` by rank: ``process`` (host and
             pid), ``sent_bytes``, ``received_bytes``, and how late its messages came, in seconds after this
             rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``

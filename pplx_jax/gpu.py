@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 DEFAULT_SMS = 64
 #: What to do where kernels are missing.
 GET_KERNELS = (
-    "make an editable install from a clone (`pip install -e .`) with nvcc on PATH or in CUDACXX, or build and "
-    "install the plugin pplx-jax-cuda13 (or -cuda12, whichever CUDA your jax has; docs/wheels.md); a regular "
-    "`pip install .` has no kernels"
+    "make an editable install from a clone (`pip install -e .`) with nvcc on PATH or in CUDACXX, or build "
+    "and install the plugin pplx-jax-cuda13 (or -cuda12, whichever CUDA your jax has; docs/wheels.md); a "
+    "regular `pip install .` has no kernels"
 )
 
 

@@ -234,9 +234,10 @@ for folder in ["build/release", *sorted(glob.glob("build/cp3*"))]:
     if os.path.exists(path):
         for entry in json.load(open(path)):
             file = os.path.relpath(os.path.join(entry["directory"], entry["file"]))
-            # Not the tests: GoogleTest's headers take most of the time, and they fail by themselves.
+            # Not the tests: GoogleTest's headers take most of the time, and they fail by themselves. Not the
+            # kernels: nvcc's options and newest headers are foreign to clang.
             ours = file.startswith(("proxy/", "xla_ffi/", "benchmarks/")) and "/tests/" not in file
-            if ours and os.path.exists(file):
+            if ours and file.endswith(".cc") and os.path.exists(file):
                 chosen.setdefault(file, folder)
 # The largest first, so that no core idles at the end.
 for file, folder in sorted(chosen.items(), key=lambda item: -os.path.getsize(item[0])):
@@ -325,6 +326,15 @@ install_wheel() { # VENV WHEEL
   env PATH="$1/bin" "$1/bin/python" -m pip install -q --no-deps --force-reinstall --no-index "$2"
 }
 
+benchmark() { # NAME
+  local name=$1
+  shift
+  if [[ $name == *_gpu ]] && ! "$VENV/bin/python" -c 'import jax; jax.devices("gpu")' 2>/dev/null; then
+    skip "JAX finds no GPU"
+  fi
+  "$VENV/bin/python" "benchmarks/$name.py" "$@"
+}
+
 # ---- commands ------------------------------------------------------------------------------------------
 
 prepare() { # EXTRA APT-SECTION...
@@ -372,8 +382,8 @@ case $COMMAND in
     ;;
   bench)
     prepare dev build test
-    for script in benchmarks/*.py; do
-      stage "$(basename "$script" .py)" "$VENV/bin/python" "$script" "$@"
+    for script in engine exchange_cpu exchange_gpu; do
+      stage "$script" benchmark "$script" "$@"
     done
     ;;
   *)
