@@ -19,8 +19,13 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 SKEWS = ["uniform", "zipf", "all to one", "holes", "nothing", "ragged"]
 SMALL: dict[str, Any] = {"num_experts": 10, "top_k": 3, "hidden": 32, "max_tokens": 8, "dtype": "float32"}
-# For processes that `pplx_jax.testing` starts: a GPU each.
-PROCESS: dict[str, str | None] = {"JAX_PLATFORMS": "cuda", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": None}
+# For processes that `pplx_jax.testing` starts: a GPU each. XLA shares out its autotuning, so that a
+# compilation would wait for a process that compiles nothing, or something else.
+PROCESS: dict[str, str | None] = {
+    "JAX_PLATFORMS": "cuda",
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": None,
+    "XLA_FLAGS": "--xla_gpu_shard_autotuning=false",
+}
 _names = (f"gpu{i}" for i in count())
 
 

@@ -10,8 +10,10 @@
 namespace pplx::moe::cuda {
 namespace {
 
+// Vectors of each lane at a time, when sending and when gathering.
+constexpr int kSendVecs = 3, kVecs = 2;
 // Of the blocks, where some only send at first.
-constexpr double kSenderShare = 0.4;
+constexpr double kSenderShare = 0.5;
 
 // Of combine and dispatch's transpose alike.
 struct HomeSend {
@@ -121,11 +123,11 @@ struct Home {
     const uint32_t rows = __ballot_sync(kAllLanes, row >= 0);
     const float weight = send.weights != nullptr && row >= 0 ? send.weights[row] : 1.0F;
     const Span part = part_of_row(number);
-    for (int32_t base = part.begin; base < part.end; base += 2 * kWarp) {
-      float acc[2][kWidth];
+    for (int32_t base = part.begin; base < part.end; base += kSendVecs * kWarp) {
+      float acc[kSendVecs][kWidth];
       reduce(rows, row, weight, base, part.end, acc);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kSendVecs; ++i) {
         const int32_t at = base + i * kWarp + lane_id();
         if (at < part.end) store_values<W>(out + int64_t{at} * kWidth * sizeof(W), acc[i]);
       }
@@ -137,18 +139,19 @@ struct Home {
     if (lane_id() == 0) exchange.publish(source, slot, number);
   }
 
-  // Sums of the rows that the lanes in `lanes` hold, at two vectors of each lane.
+  // Sums of the rows that the lanes in `lanes` hold, at some vectors of each lane.
+  template <int kVecs>
   __device__ __forceinline__ void reduce(uint32_t lanes, int32_t row, float weight, int32_t base, int32_t end,
-                         float (&acc)[2][kWidth]) const {
+                                         float (&acc)[kVecs][kWidth]) const {
     constexpr int kAtOnce = 4;
     const float none = start_of_sum(lanes == 0);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) acc[i][j] = none;
     }
     while (lanes != 0) {
-      uint4 some[kAtOnce][2];
+      uint4 some[kAtOnce][kVecs];
       float weights[kAtOnce];
       int count = 0;
 #pragma unroll
@@ -161,7 +164,7 @@ struct Home {
         const auto* from = static_cast<const T*>(send.rows) +
                            int64_t{__shfl_sync(kAllLanes, row, lane)} * shape.hidden;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kVecs; ++i) {
           const int32_t at = base + i * kWarp + lane_id();
           some[m][i] = at < end ? load_vec(from + int64_t{at} * kWidth) : uint4{0, 0, 0, 0};
         }
@@ -170,7 +173,7 @@ struct Home {
       for (int m = 0; m < kAtOnce; ++m) {
         if (m >= count) continue;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kVecs; ++i) {
           float values[kWidth];
           unpack<T>(some[m][i], values);
           accumulate(acc[i], values, weights[m]);
@@ -220,10 +223,6 @@ struct Home {
       return true;
     }
     const bool here = kSend && to.rank == shape.rank;  // reduced in place
-    bool arrived = true;
-    if (to.leads && !here) arrived = exchange.await_slot(to.rank, to.slot, number);
-    if (__ballot_sync(kAllLanes, !arrived) != 0) return false;
-
     const std::byte* from = nullptr;
     if (to.rank >= 0 && !here) from = exchange.incoming(to.rank) + args.first_slot + to.slot * args.stride;
     // Of this rank's own slot: its rows, an entry a lane.
@@ -235,7 +234,28 @@ struct Home {
       row = slot_row(args, send.route, shape.rank, slot, exchange);
       if (send.weights != nullptr && row >= 0) weight = send.weights[row];
     }
+    const uint32_t own_rows = __ballot_sync(kAllLanes, row >= 0);
+    const int32_t first_choice = __shfl_sync(kAllLanes, to.expert, 0);
+    const std::byte* start = recv.start == nullptr || first_choice == kPastEnd
+                                 ? nullptr
+                                 : static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
+    const uint32_t away = to.leaders & ~own;
+    bool arrived = false;
+    for (int32_t base = part.begin; base < part.end; base += kVecs * kWarp) {
+      // What this rank owes itself needs nobody else: it is reduced while the others' rows are on their way.
+      float mine[kVecs][kWidth];
+      uint4 near[kVecs];
+      if (arrived) load_partial(from, away, base, part.end, near);
+      if constexpr (kSend) reduce(own_rows, row, weight, base, part.end, mine);
+      if (!arrived) {
+        if (!await_slots(to, here, number)) return false;
+        arrived = true;
+        load_partial(from, away, base, part.end, near);
+      }
+      add_up(to, from, away, mine, near, start, base, part.end, out);
+    }
     if (number == 0 && recv.returned != nullptr) {
+      if (!arrived && !await_slots(to, here, number)) return false;  // a part without values
       const int entry = to.entry();
       const int32_t own_row = __shfl_sync(kAllLanes, row, entry);
       if (returned != nullptr) {
@@ -245,24 +265,38 @@ struct Home {
                                             : 0.0F;
       }
     }
-    const uint32_t own_rows = __ballot_sync(kAllLanes, row >= 0);
-    const int32_t first_choice = __shfl_sync(kAllLanes, to.expert, 0);
-    const std::byte* start = recv.start == nullptr || first_choice == kPastEnd
-                                 ? nullptr
-                                 : static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
-    for (int32_t base = part.begin; base < part.end; base += 2 * kWarp) {
-      add_up(to, from, own_rows, row, weight, start, base, part.end, out);
-    }
     return true;
   }
 
-  // Two vectors of each lane: what is given, then every rank's sum, ranks ascending.
-  __device__ __forceinline__ void add_up(const Destinations& to, const std::byte* from, uint32_t own_rows, int32_t row,
-                         float weight, const std::byte* start, int32_t base, int32_t end, std::byte* out) const {
-    float acc[2][kWidth];
+  // By a warp: a token's slots on other ranks. False: stopped.
+  __device__ __forceinline__ bool await_slots(const Destinations& to, bool here, int32_t number) {
+    bool come = true;
+    if (to.leads && !here) come = exchange.await_slot(to.rank, to.slot, number);
+    return __ballot_sync(kAllLanes, !come) == 0;
+  }
+
+  // The first 16 bytes of each vector of the first of other ranks' sums, before they are needed.
+  __device__ __forceinline__ void load_partial(const std::byte* from, uint32_t away, int32_t base, int32_t end,
+                                               uint4 (&near)[kVecs]) const {
+    if (away == 0 || sizeof(W) != sizeof(T)) return;
+    const auto* partial = reinterpret_cast<const std::byte*>(
+        __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), __ffs(static_cast<int>(away)) - 1));
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int32_t at = base + i * kWarp + lane_id();
+      if (at < end) near[i] = load_shared_vec(partial + int64_t{at} * 16);
+    }
+  }
+
+  // Some vectors of each lane: what is given, then every rank's sum, ranks ascending.
+  __device__ __forceinline__ void add_up(const Destinations& to, const std::byte* from, uint32_t away,
+                                         const float (&mine)[kVecs][kWidth], const uint4 (&near)[kVecs],
+                                         const std::byte* start, int32_t base, int32_t end,
+                                         std::byte* out) const {
+    float acc[kVecs][kWidth];
     const float none = start_of_sum(to.leaders == 0);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kVecs; ++i) {
       const int32_t at = base + i * kWarp + lane_id();
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) acc[i][j] = none;
@@ -273,29 +307,33 @@ struct Home {
       const uint32_t rank = __reduce_min_sync(kAllLanes, waits ? static_cast<uint32_t>(to.rank) : ~0U);
       const uint32_t chosen = __ballot_sync(kAllLanes, waits && static_cast<uint32_t>(to.rank) == rank);
       left &= ~chosen;
-      const int lane = __ffs(static_cast<int>(chosen)) - 1;
-      float sums[2][kWidth];
+      float sums[kWidth];
       if (kSend && rank == static_cast<uint32_t>(shape.rank)) {
-        if constexpr (kSend) reduce(own_rows, row, weight, base, end, sums);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
-          for (int j = 0; j < kWidth; ++j) sums[i][j] = to_float(from_float<W>(sums[i][j]));
+          for (int j = 0; j < kWidth; ++j) sums[j] = to_float(from_float<W>(mine[i][j]));
+          accumulate(acc[i], sums, 1.0F);
         }
-      } else {
-        const auto* partial = reinterpret_cast<const std::byte*>(
-            __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), lane));
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int32_t at = base + i * kWarp + lane_id();
-          if (at < end) load_values<W, true>(partial + int64_t{at} * kWidth * sizeof(W), sums[i]);
-        }
+        continue;
       }
+      const bool loaded = sizeof(W) == sizeof(T) && (away & (0U - away)) == chosen;
+      const auto* partial = reinterpret_cast<const std::byte*>(
+          __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), __ffs(static_cast<int>(chosen)) - 1));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) accumulate(acc[i], sums[i], 1.0F);
+      for (int i = 0; i < kVecs; ++i) {
+        const int32_t at = base + i * kWarp + lane_id();
+        if (at >= end) continue;
+        if (loaded) {
+          unpack<T>(near[i], sums);
+        } else {
+          load_values<W, true>(partial + int64_t{at} * kWidth * sizeof(W), sums);
+        }
+        accumulate(acc[i], sums, 1.0F);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kVecs; ++i) {
       const int32_t at = base + i * kWarp + lane_id();
       if (at < end) store_vec(out + int64_t{at} * 16, pack<T>(acc[i]));
     }

@@ -8,7 +8,7 @@ namespace pplx::moe::cuda {
 namespace {
 
 // Of the blocks, where some only send at first.
-constexpr double kSenderShare = 0.19;
+constexpr double kSenderShare = 0.36;
 
 // Rows that no slot writes lie between those that some do.
 bool has_holes(const MoeShape& shape) { return shape.alignment > 1 || shape.drop || shape.padded; }

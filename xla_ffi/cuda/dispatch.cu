@@ -13,7 +13,7 @@ namespace pplx::moe::cuda {
 namespace {
 
 // Of the blocks, where some only send at first.
-constexpr double kSenderShare = 0.19;
+constexpr double kSenderShare = 0.36;
 // In dynamic shared memory.
 struct Tables {
   Counts counts;
@@ -359,6 +359,32 @@ struct Dispatch {
 
   // Whether there are rows to receive.
   __device__ __forceinline__ bool place_rows(const Team& team) {
+    // Once for practice, where it is on the way of few tokens: while the headers travel, the instructions come.
+#pragma unroll 1
+    for (int practice = args.senders == 0 ? 1 : 0; practice >= 0; --practice) {
+      if (practice == 0 && !await_headers(team)) return false;
+      read_counts(team, practice != 0);
+      team.sync();
+      const bool usable = !exchange.stopped();
+      team.sync();
+      if (!usable) return false;
+      place(shape, team, recv.route.rows, tables.rows);
+      team.sync();
+    }
+    if (team.thread() == 0) trace(7);
+    if (*tables.rows.dropped == 0 || shape.drop) return true;
+    if (team.thread() == 0) {
+      state.poisoned = 1;
+      if (blockIdx.x == 0) {
+        exchange.data_error(Fault::kOverflow, shape.rank, *tables.rows.needed,
+                            shape.padded ? recv.route.rows / shape.experts_per_rank : recv.route.rows);
+      }
+    }
+    return false;
+  }
+
+  // False: stopped, or this rank's data is wrong.
+  __device__ __forceinline__ bool await_headers(const Team& team) {
     for (int32_t source = team.thread(); source < shape.num_ranks; source += team.threads) {
       uint32_t count = 0;
       bool poisoned = false;
@@ -367,52 +393,41 @@ struct Dispatch {
       if (source != shape.rank || !kSend) atomicMax(tables.most_slots, static_cast<int32_t>(count));
     }
     team.sync();
-    // Whoever finds something wrong below must not send others another way.
-    bool usable = !exchange.stopped() && state.poisoned == 0, placed = false;
     if (team.thread() == 0) trace(6);
+    // Whoever finds something wrong below must not send others another way.
+    const bool usable = !exchange.stopped() && state.poisoned == 0;
     team.sync();
-    if (usable) {
-      read_counts(team);
-      team.sync();
-      usable = !exchange.stopped();
-      team.sync();
-      if (usable) {
-        place(shape, team, recv.route.rows, tables.rows);
-        team.sync();
-        if (*tables.rows.dropped != 0 && !shape.drop) {
-          if (team.thread() == 0) {
-            state.poisoned = 1;
-            if (blockIdx.x == 0) {
-              exchange.data_error(Fault::kOverflow, shape.rank, *tables.rows.needed,
-                                  shape.padded ? recv.route.rows / shape.experts_per_rank : recv.route.rows);
-            }
-          }
-        } else {
-          placed = true;
-        }
-      }
-    }
-    if (team.thread() == 0) trace(7);
-    return placed;
+    return usable;
   }
 
-  __device__ __forceinline__ void read_counts(const Team& team) {
+  __device__ __forceinline__ void read_counts(const Team& team, bool practice) {
+    constexpr int kAtOnce = 4;
     const int32_t experts = shape.experts_per_rank, all = shape.num_ranks * experts;
-    for (int32_t i = team.thread(); i < all; i += team.threads) {
-      const int32_t source = i / experts;
-      uint32_t count;
-      if (args.round == 0) {
-        const auto* counts = reinterpret_cast<const uint32_t*>(exchange.incoming(source) + sizeof(RegionHeader));
-        count = __ldcg(counts + i % experts);
-        if (count > static_cast<uint32_t>(args.tokens)) {
-          exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kCounts), count);
+    for (int32_t first = team.thread(); first < all; first += kAtOnce * team.threads) {
+      uint32_t counts[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int32_t i = first + j * team.threads;
+        if (i >= all) continue;
+        // As experts of all ranks: the source has the place of the rank.
+        const int32_t source = args.rank_of(i);
+        counts[j] = practice          ? 0
+                    : args.round == 0 ? __ldcg(reinterpret_cast<const uint32_t*>(exchange.incoming(source) +
+                                                                               sizeof(RegionHeader)) +
+                                             (i - source * experts))
+                                    : args.control->counts[i];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int32_t i = first + j * team.threads;
+        if (i >= all) continue;
+        if (counts[j] > static_cast<uint32_t>(args.tokens)) {
+          exchange.fail(Fault::kMalformed, args.rank_of(i), static_cast<int64_t>(Malformed::kCounts), counts[j]);
         }
         // Later rounds need them when the region holds another message.
-        if (blockIdx.x == 0 && shape.rounds(args.tokens) > 1) args.control->counts[i] = count;
-      } else {
-        count = args.control->counts[i];
+        if (blockIdx.x == 0 && args.round == 0 && !practice) args.control->counts[i] = counts[j];
+        tables.rows.source_base[i] = static_cast<int32_t>(counts[j]);
       }
-      tables.rows.source_base[i] = static_cast<int32_t>(count);
     }
   }
 
