@@ -264,6 +264,13 @@ cpp() {
   "${run[@]}" ctest --preset "$1" --no-tests=error
 }
 
+# Kernels for other GPUs than the build's: they compile.
+other_gpus() {
+  cmake --preset release -DPython_EXECUTABLE="$VENV/bin/python" >build/release.log || { cat build/release.log; return 1; }
+  grep -q 'building for CUDA' build/release.log || skip "no nvcc"
+  cmake --build --preset release -j "$JOBS" --target pplx_cuda_other_gpus
+}
+
 run_pytest() { "$VENV/bin/python" -m pytest --durations=15 "$@"; }
 
 # Another Python, a regular (not editable) install, run from outside of the source tree.
@@ -356,6 +363,7 @@ case $COMMAND in
     stage mypy check_mypy
     stage clang-format check_clang_format
     stage ctest cpp release
+    stage other-gpus other_gpus
     stage ctest-asan cpp asan
     stage ctest-tsan cpp tsan
     stage clang-tidy check_clang_tidy

@@ -322,6 +322,19 @@ def test_more_memory_than_there_is(ranks):
         run(small, [Case(small, 8, 1)])
 
 
+@paths
+def test_memory(path):
+    """What the group has allocated is what the documentation of ``ExchangeConfig.memory`` says."""
+    with group(2, hidden=7168, max_tokens=512, depth=2, **PATHS[path]) as ep:
+        memory = ep.stats()["memory"]
+        regions, slots = ep.config.memory(2).regions, 2 * 2 * 2 * 512
+        device = regions + 64 * slots
+        assert device < memory["device"] < device + (8 << 20)
+        pinned = 0 if path == "nvlink" else 2 * regions
+        assert pinned < memory["pinned"] < pinned + (1 << 20)
+        assert memory["total"] == memory["device"] + memory["pinned"]
+
+
 def test_closed_and_reopened():
     """The same program runs on the next equal group."""
     make = functools.partial(group, 2, name="reopened")

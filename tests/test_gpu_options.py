@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from pplx_jax import ExpertParallel, gpu
+from pplx_jax import ExpertParallel, FabricError, gpu
 
 SMALL = {"num_experts": 4, "top_k": 1, "hidden": 32, "max_tokens": 8}
 
@@ -72,3 +72,21 @@ def test_arguments_are_checked(options, error, says):
 def test_they_are_no_part_of_the_groups_value():
     mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("ep",))
     assert ExpertParallel(mesh, **SMALL, num_sms=3) == ExpertParallel(mesh, **SMALL, nvlink=False)
+
+
+def test_without_kernels(monkeypatch):
+    monkeypatch.setattr(gpu, "extension", lambda: None)
+    with pytest.raises(FabricError, match=r"no CUDA kernels: .*pip install -e .*docs/wheels.md"):
+        gpu.require()
+    with pytest.raises(FabricError, match="no CUDA kernels"):
+        gpu.open_member(1, jax.devices("cpu")[0], None, None)
+
+
+def test_memory_is_what_the_largest_rank_has_allocated():
+    mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("ep",))
+    membership = ExpertParallel(mesh, **SMALL)._membership
+    ranks = [{"device_bytes": 5, "pinned_bytes": 2}, {"device_bytes": 6, "pinned_bytes": 3}]
+    assert membership._memory(ranks) == {"device": 6, "pinned": 3, "total": 9}
+    computed = membership._memory([{"exchanges": 0}])
+    assert set(computed) == {"regions", "staging", "total"}
+    assert computed == membership._memory([])
