@@ -117,7 +117,7 @@ struct Member::Peer {
 
 Member::Member(int64_t group, int device, const MoeShape& shape, GroupConfig config,
                const MemberOptions& options)
-    : id_(group), device_(device), shape_(shape), options_(options), token_(random_token()) {
+    : device_(device), shape_(shape), options_(options), token_(random_token()) {
   const auto refuse = [&](const std::string& why) {
     throw Error(ErrorKind::kInvalidArgument, "group '" + config.name + "': " + why);
   };

@@ -74,7 +74,6 @@ class Member {
   void release(bool idle);
 
   const ProcessMark mark_;
-  const int64_t id_;
   const int device_;
   const MoeShape shape_;
   const MemberOptions options_;

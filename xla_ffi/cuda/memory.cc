@@ -113,7 +113,7 @@ ImportedRegions::ImportedRegions(int device, const OwnedFd& fd, size_t bytes) {
   check(cudaFree(nullptr), "starting CUDA on device " + std::to_string(device));
   CUmemGenericAllocationHandle handle = 0;
   // The descriptor goes in the place of a pointer.
-  void* shared = reinterpret_cast<void*>(static_cast<intptr_t>(fd.get()));
+  void* shared = reinterpret_cast<void*>(intptr_t{fd.get()});  // NOLINT(performance-no-int-to-ptr)
   check(Driver::get().import_handle(&handle, shared, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
         "importing device memory of another process");
   mapping_.map(handle, bytes);

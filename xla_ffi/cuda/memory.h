@@ -37,7 +37,9 @@ class Mapping {
   // Takes the handle, whatever happens. `bytes` is a multiple of the granularity.
   void map(CUmemGenericAllocationHandle handle, size_t bytes);
   void allow(int device);
-  std::byte* data() const noexcept { return reinterpret_cast<std::byte*>(address_); }
+  std::byte* data() const noexcept {
+    return reinterpret_cast<std::byte*>(address_);  // NOLINT(performance-no-int-to-ptr): the driver's type
+  }
   size_t bytes() const noexcept { return bytes_; }
   CUmemGenericAllocationHandle handle() const noexcept { return handle_; }
 
