@@ -56,10 +56,11 @@ def test_grid(path, ranks, fields):
 
 @ranks_of
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_many_tokens(ranks, dtype):
+@pytest.mark.parametrize("experts", [10, 40])
+def test_many_tokens(ranks, experts, dtype):
     """More tokens than blocks have threads, in rounds and in one."""
-    for chunk in (None, 1000):
-        with group(ranks, max_tokens=1500, num_experts=40, top_k=4, chunk=chunk, dtype=dtype) as ep:
+    for chunk in (None, 1000, 1500):
+        with group(ranks, max_tokens=1500, num_experts=experts, top_k=4, chunk=chunk, dtype=dtype) as ep:
             run(ep, [Case(ep, tokens, tokens) for tokens in (1500, 1, 700)])
 
 

@@ -51,7 +51,7 @@ struct Home {
     // A derivative that nobody asked for: nothing was sent.
     if (kRecv && !kSend && args.kind == Kind::kDispatchTranspose && state.skip != 0) {
       clear();
-      exchange.template finish<false, false>([] {});
+      exchange.leave();
       return;
     }
     if (open) {
@@ -119,7 +119,7 @@ struct Home {
 
   __device__ __forceinline__ void send_row(int32_t source, int32_t slot, int32_t number) {
     const int32_t row = slot_row(args, send.route, source, slot, exchange);
-    std::byte* out = exchange.outgoing(source) + args.first_slot + slot * args.stride;
+    std::byte* out = exchange.outgoing(source) + args.first_slot + int64_t{slot} * args.stride;
     const uint32_t rows = __ballot_sync(kAllLanes, row >= 0);
     const float weight = send.weights != nullptr && row >= 0 ? send.weights[row] : 1.0F;
     const Span part = part_of_row(number);
@@ -224,7 +224,7 @@ struct Home {
     }
     const bool here = kSend && to.rank == shape.rank;  // reduced in place
     const std::byte* from = nullptr;
-    if (to.rank >= 0 && !here) from = exchange.incoming(to.rank) + args.first_slot + to.slot * args.stride;
+    if (to.rank >= 0 && !here) from = exchange.incoming(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
     // Of this rank's own slot: its rows, an entry a lane.
     int32_t row = -1;
     float weight = 1.0F;
@@ -272,7 +272,9 @@ struct Home {
   __device__ __forceinline__ bool await_slots(const Destinations& to, bool here, int32_t number) {
     bool come = true;
     if (to.leads && !here) come = exchange.await_slot(to.rank, to.slot, number);
-    return __ballot_sync(kAllLanes, !come) == 0;
+    const bool all = __ballot_sync(kAllLanes, !come) == 0;
+    __syncwarp();
+    return all;
   }
 
   // The first 16 bytes of each vector of the first of other ranks' sums, before they are needed.
@@ -345,7 +347,7 @@ struct Home {
   }
 
   __device__ __forceinline__ void clear() {
-    const int64_t vecs = args.tokens * args.row_bytes / 16, numbers = int64_t{args.tokens} * shape.top_k;
+    const int64_t vecs = int64_t{args.tokens} * args.row_bytes / 16, numbers = int64_t{args.tokens} * shape.top_k;
     const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, threads = int64_t{gridDim.x} * kThreads;
     for (int64_t i = thread; i < vecs; i += threads) static_cast<uint4*>(recv.out)[i] = {0, 0, 0, 0};
     for (int64_t i = thread; i < numbers; i += threads) recv.returned[i] = 0.0F;

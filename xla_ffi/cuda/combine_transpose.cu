@@ -39,7 +39,7 @@ struct Cotangents {
       for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < vecs; i += int64_t{gridDim.x} * kThreads) {
         static_cast<uint4*>(recv.d_y)[i] = {0, 0, 0, 0};
       }
-      exchange.template finish<false, false>([] {});
+      exchange.leave();
       return;
     }
     if (open) {
@@ -108,7 +108,7 @@ struct Cotangents {
     const bool away = to.leads && (!kRecv || to.rank != shape.rank);
     Places places{__ballot_sync(kAllLanes, away), nullptr, nullptr};
     if (places.lanes == 0) return;
-    if (away) places.row = exchange.outgoing(to.rank) + args.first_slot + to.slot * args.stride;
+    if (away) places.row = exchange.outgoing(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
     copy_bytes<false>(own_row(token), part_of_row(number), places);
     __syncwarp();
     if (away) exchange.publish(to.rank, to.slot, number);
@@ -182,7 +182,8 @@ struct Cotangents {
     bool here = true;
     if (lane_id() == 0) here = exchange.await_slot(source, slot, number);
     if (!__shfl_sync(kAllLanes, here, 0)) return false;
-    spread<true>(exchange.incoming(source) + args.first_slot + slot * args.stride,
+    __syncwarp();
+    spread<true>(exchange.incoming(source) + args.first_slot + int64_t{slot} * args.stride,
                  slot_row(args, recv.route, source, slot, exchange), number);
     return true;
   }

@@ -39,7 +39,7 @@ struct ControlBlock {
   int device = 0;
   Control* control = nullptr;  // device memory
   Sites sites;
-  bool stuck = false;  // its last group ended while kernels were queued
+  bool used = false;  // by a group before, whose kernels may still be queued
 
   // Makes the kernels see `values`; only while no kernel of the group runs.
   void write(const Control& values) const;

@@ -209,6 +209,12 @@ struct Dispatch {
     }
     exchange.template finish<kSend, kRecv>([&] {
       if constexpr (kRecv) poison();
+      // A closed or failed group may have planned nothing.
+      if constexpr (kSend) {
+        if (args.control->open == 0 || args.control->failed != 0) {
+          fill(send.home, int64_t{args.tokens} * shape.top_k, kNotRouted);
+        }
+      }
     });
   }
 
@@ -253,6 +259,7 @@ struct Dispatch {
     }
     if (adds_up()) {
       add_up_shares(args, exchange, counts);
+      if (exchange.stopped()) return;  // nothing is announced that is not all
       if (threadIdx.x == 0) state.bad = ~load_volatile(&args.control->worst[exchange.lane()]);
     }
     __syncthreads();
@@ -324,7 +331,7 @@ struct Dispatch {
     if (away) {
       const int64_t at = int64_t{token} * shape.top_k + lane_id();
       const float weight = send.weights[at];
-      std::byte* slot = exchange.outgoing(to.rank) + args.first_slot + to.slot * args.stride;
+      std::byte* slot = exchange.outgoing(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
       auto* entry = reinterpret_cast<uint32_t*>(slot + sizeof(SlotHeader)) + 3 * to.entry();
       entry[0] = __float_as_uint(weight);
       entry[1] = ordinals[at];
@@ -403,6 +410,7 @@ struct Dispatch {
   __device__ __forceinline__ void read_counts(const Team& team, bool practice) {
     constexpr int kAtOnce = 4;
     const int32_t experts = shape.experts_per_rank, all = shape.num_ranks * experts;
+    const bool many_rounds = args.tokens > shape.chunk;
     for (int32_t first = team.thread(); first < all; first += kAtOnce * team.threads) {
       uint32_t counts[kAtOnce];
 #pragma unroll
@@ -425,7 +433,7 @@ struct Dispatch {
           exchange.fail(Fault::kMalformed, args.rank_of(i), static_cast<int64_t>(Malformed::kCounts), counts[j]);
         }
         // Later rounds need them when the region holds another message.
-        if (blockIdx.x == 0 && args.round == 0 && !practice) args.control->counts[i] = counts[j];
+        if (blockIdx.x == 0 && args.round == 0 && !practice && many_rounds) args.control->counts[i] = counts[j];
         tables.rows.source_base[i] = static_cast<int32_t>(counts[j]);
       }
     }
@@ -530,6 +538,7 @@ struct Dispatch {
           }
           if (!__shfl_sync(kAllLanes, going, 0)) return;
           if (!__shfl_sync(kAllLanes, come, 0)) break;
+          __syncwarp();
           if (!receive_row(here.rank, here.slot, here.part)) return;
         }
         unit = receives.take();
@@ -539,8 +548,10 @@ struct Dispatch {
 
   // Row of a pair, or -1 where it is dropped.
   __device__ __forceinline__ int32_t row_of(int32_t source, int32_t expert, uint32_t ordinal) const {
-    const int64_t position = tables.rows.source_base[source * shape.experts_per_rank + expert] + int64_t{ordinal};
-    return position < tables.rows.kept[expert] ? static_cast<int32_t>(tables.rows.base[expert] + position) : -1;
+    const int64_t position =
+        tables.rows.source_base[source * shape.experts_per_rank + expert] + int64_t{ordinal};
+    const int64_t row = tables.rows.base[expert] + position;
+    return position < tables.rows.kept[expert] && row < recv.route.rows ? static_cast<int32_t>(row) : -1;
   }
 
   __device__ __forceinline__ Places rows_of(int32_t row) const {
@@ -572,7 +583,7 @@ struct Dispatch {
 
   // What has arrived. False: stopped.
   __device__ __forceinline__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
-    const std::byte* from = exchange.incoming(source) + args.first_slot + slot * args.stride;
+    const std::byte* from = exchange.incoming(source) + args.first_slot + int64_t{slot} * args.stride;
     const std::byte* token = from + args.slot_header_bytes;
     const Part part = part_of_token(args, number);
     bool sound = true;
@@ -625,12 +636,6 @@ struct Dispatch {
     fill(route.slot_start, slots_in_all + 1, 0);
     fill(route.slot_rows, slots_in_all * args.entries, -1);
     if (threadIdx.x == 0) *recv.num_rows = *recv.num_dropped = *route.ok = 0;
-    if constexpr (kSend) {
-      // A closed or failed group has planned nothing.
-      if (args.control->open == 0 || args.control->failed != 0) {
-        fill(send.home, int64_t{args.tokens} * shape.top_k, kNotRouted);
-      }
-    }
   }
 };
 

@@ -39,7 +39,8 @@ struct Args {
   int32_t entries;
   int32_t row_bytes, token_bytes, scale_bytes, scales;
   int32_t slot_header_bytes, scales_at, home_stride;  // in a slot
-  int32_t stride, first_slot;
+  int64_t stride;
+  int32_t first_slot;
   int64_t region_bytes, regions_at, epochs_at, ready_at;
   float* order;
   float* ticket_out;
@@ -245,6 +246,7 @@ class Exchange {
   __device__ __forceinline__ void begin() {
     Control& control = *args_.control;
     const int thread = static_cast<int>(threadIdx.x);
+    uint32_t open_seen = 1;
     // All at once, as each takes a while.
     if (thread == 0) {
       trace(0);
@@ -261,20 +263,26 @@ class Exchange {
       state_.received[thread - kWarp] = load_volatile(&control.received[thread - kWarp]);
     } else if (thread >= kThreads - kNearRanks && thread - (kThreads - kNearRanks) < args_.shape.num_ranks) {
       const int rank = thread - (kThreads - kNearRanks);
-      state_.peers[rank] = control.open != 0 ? control.peers[rank] : nullptr;
+      open_seen = load_volatile(&control.open);
+      state_.peers[rank] = open_seen != 0 ? control.peers[rank] : nullptr;
     }
-    __syncthreads();
-    if (thread == 0 && state_.stop == 0) {
-      if constexpr (kSend) {
-        const uint64_t lanes = args_.layout.lanes, depth = lanes / 2;
-        if (state_.number >= depth) {
-          const uint64_t oldest = state_.number - depth;
-          if (state_.received[oldest % lanes] < oldest + 1) {
-            fail(Fault::kWindow, args_.shape.rank, static_cast<int64_t>(oldest));
-          }
+    // One decision a block, whoever read what while the group was being closed.
+    bool shut = false;
+    if (thread >= kThreads - kNearRanks && thread - (kThreads - kNearRanks) < args_.shape.num_ranks) {
+      shut = open_seen == 0;
+    } else if (thread == 0) {
+      shut = state_.stop != 0;
+      if constexpr (!kSend) read_ticket();
+    }
+    shut = __syncthreads_or(shut ? 1 : 0) != 0;
+    if (thread == 0) {
+      state_.stop = shut ? 1 : 0;
+      if (!shut && state_.skip == 0) {
+        if constexpr (kSend) {
+          check_window();
+        } else {
+          check_ticket();
         }
-      } else {
-        take_ticket();
       }
     }
     __syncthreads();
@@ -343,7 +351,7 @@ class Exchange {
     header.hidden = shape.hidden;
     header.slots = slots;
     header.culprit = shape.rank;
-    header.bytes = static_cast<uint32_t>(args_.first_slot + slots * args_.stride);
+    header.bytes = static_cast<uint32_t>(args_.first_slot + static_cast<int64_t>(slots) * args_.stride);
     header.format = shape.format();
     header.top_k = static_cast<uint8_t>(shape.top_k);
     header.local_experts = static_cast<uint16_t>(shape.experts_per_rank);
@@ -441,6 +449,11 @@ class Exchange {
     cuda::data_error(args_, state_, fault, culprit, detail0, detail1, detail2);
   }
 
+  // By all threads, instead of finish(): a derivative's recv whose send never was counts nowhere.
+  __device__ __forceinline__ void leave() {
+    if (blockIdx.x == 0 && threadIdx.x == 0 && args_.order != nullptr) *args_.order = 0.0F;
+  }
+
   // By all threads, last. `poison()` is run by the last block, when all others are done with the outputs, if
   // they are not to be used.
   template <bool kSend, bool kRecv, typename Poison>
@@ -461,8 +474,12 @@ class Exchange {
     __syncthreads();
     if (state_.last == 0) return;
     const bool failed = state_.last == kFailed;
-    if (state_.last != kSound || state_.stop != 0 || state_.poisoned != 0) poison();
+    // Of a step of several rounds: what one round has found holds for those after it.
+    const bool spoiled = state_.last != kSound || state_.stop != 0 || state_.poisoned != 0 ||
+                         (args_.round != 0 && load_volatile(&control.step_spoiled[lane_before()]) != 0);
+    if (spoiled) poison();
     if (threadIdx.x != 0) return;
+    control.step_spoiled[lane_] = spoiled ? 1 : 0;
     finished = control.met_blocks[lane_] = control.tainted[lane_] = 0;
     control.worst[lane_] = 0;
     for (uint32_t& taken : control.taken[lane_]) taken = 0;
@@ -473,7 +490,8 @@ class Exchange {
       if (args_.ticket_out != nullptr) {
         control.poisoned[lane_] = state_.poisoned != 0 || state_.last == kTainted ? 1 : 0;
         for (int digit = 0; digit < 4; ++digit) {
-          args_.ticket_out[digit] = failed ? 0.0F : static_cast<float>(epoch() >> (16 * digit) & 0xffffU);
+          args_.ticket_out[digit] = 
+            failed ? kNoTicket : static_cast<float>(epoch() >> (16 * digit) & 0xffffU);
         }
       }
     }
@@ -487,8 +505,12 @@ class Exchange {
 
  private:
   static constexpr uint32_t kSound = 1, kTainted = 2, kFailed = 3;
+  static constexpr uint64_t kNoNumber = ~0ULL;
+  static constexpr float kNoTicket = 65535.0F;  // 0 would be that of a recv that nobody differentiates
 
   __device__ const std::byte* own() const { return peer(args_.shape.rank); }
+  // Of the round before this one.
+  __device__ int32_t lane_before() const { return lane_ == 0 ? args_.layout.lanes - 1 : lane_ - 1; }
   // The same as RegionLayout says.
   __device__ int32_t of_lane(int32_t source) const { return lane_ * args_.shape.num_ranks + source; }
   __device__ int64_t region_at(int32_t source) const {
@@ -499,8 +521,17 @@ class Exchange {
     return args_.epochs_at + 8 * ((int64_t{of_lane(source)} * args_.shape.chunk + slot) * kMaxParts + part);
   }
 
-  __device__ __forceinline__ void take_ticket() {
-    const Control& control = *args_.control;
+  __device__ __forceinline__ void check_window() {
+    const uint64_t lanes = args_.layout.lanes, depth = lanes / 2;
+    if (state_.number < depth) return;
+    const uint64_t oldest = state_.number - depth;
+    if (state_.received[oldest % lanes] >= oldest + 1) return;
+    fail(Fault::kWindow, args_.shape.rank, static_cast<int64_t>(oldest));
+  }
+
+  // The number is the ticket's whatever the group's state: all blocks must take the same lane for it. Where the
+  // ticket makes no sense that is 0.
+  __device__ __forceinline__ void read_ticket() {
     uint64_t ticket = 0;
     bool sound = true;
     for (int digit = 0; digit < 4; ++digit) {
@@ -508,20 +539,19 @@ class Exchange {
       sound = sound && value >= 0.0F && value < 65536.0F && value == floorf(value);
       if (sound) ticket |= static_cast<uint64_t>(value) << (16 * digit);
     }
-    if (sound && ticket == 0 &&
-        (args_.kind == Kind::kDispatchTranspose || args_.kind == Kind::kCombineTranspose)) {
-      state_.skip = 1;
+    const bool transposed =
+        args_.kind == Kind::kDispatchTranspose || args_.kind == Kind::kCombineTranspose;
+    state_.skip = sound && ticket == 0 && transposed ? 1 : 0;
+    state_.number = sound && ticket != 0 ? ticket - 1 : kNoNumber;
+  }
+  __device__ __forceinline__ void check_ticket() {
+    const uint64_t number = state_.number, lanes = args_.layout.lanes;
+    const uint64_t next = load_volatile(&args_.control->next);
+    if (number >= next || next - number > lanes || state_.received[number % lanes] > number) {
+      fail(Fault::kTicket, args_.shape.rank, static_cast<int64_t>(number + 1));
       return;
     }
-    state_.number = ticket - 1;
-    const uint64_t next = load_volatile(&control.next), lanes = args_.layout.lanes;
-    if (!sound || ticket == 0 || ticket > next || next - ticket >= lanes ||
-        state_.received[(ticket - 1) % lanes] >= ticket) {
-      state_.number = 0;
-      fail(Fault::kTicket, args_.shape.rank, static_cast<int64_t>(ticket));
-      return;
-    }
-    state_.poisoned = load_volatile(&control.poisoned[(ticket - 1) % lanes]);
+    state_.poisoned = load_volatile(&args_.control->poisoned[number % lanes]);
   }
 
   __device__ __forceinline__ bool await(const uint64_t* word, int32_t source) {

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <type_traits>
 
 #include "xla_ffi/cuda/exchange.cuh"
@@ -100,7 +101,7 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
                     .slot_header_bytes = static_cast<int32_t>(shape.slot_header_bytes()),
                     .scales_at = static_cast<int32_t>(shape.slot_header_bytes() + shape.token_stride()),
                     .home_stride = static_cast<int32_t>(shape.home_stride()),
-                    .stride = static_cast<int32_t>(slot_stride(shape, call.kind)),
+                    .stride = slot_stride(shape, call.kind),
                     .first_slot = static_cast<int32_t>(sizeof(RegionHeader) + (counted ? shape.counts_bytes() : 0)),
                     .region_bytes = call.layout.region_bytes,
                     .regions_at = call.layout.region_at(0, 0),
@@ -133,8 +134,15 @@ template <typename Kernel>
 cudaError_t load_kernel(Kernel* kernel, size_t shared_bytes, int* num_sms) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   int device = 0, multiprocessors = 0, blocks = 0;
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
+  // The limit is the function's, which other groups use as well: it is only ever raised.
+  static std::mutex mutex;
+  const std::lock_guard guard(mutex);
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, function);
+  if (error == cudaSuccess && attributes.maxDynamicSharedSizeBytes < static_cast<int>(shared_bytes)) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+  }
   // The same for all: a multiprocessor has to drain before it divides its memory anew.
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedPercent);

@@ -18,6 +18,7 @@ namespace {
 constexpr uint32_t kEndpointMagic = 0x47504d45;  // "EMPG"
 // Milliseconds.
 constexpr int kIdleLimit = 2000, kFinishLimit = 200, kFailureLimit = 1000;
+constexpr int64_t kSharesAlignment = 16;
 // A message that says nothing but its header; ExchangeGroup wants room for it.
 constexpr size_t kHeaderOnly = 512;
 
@@ -161,7 +162,8 @@ void Member::allocate() {
   const size_t counts = ranks * static_cast<size_t>(shape_.experts_per_rank);
   const size_t shares = lanes * (ranks + counts) * kMaxBlocks;
   scratch_ = std::make_unique<DeviceRegions>(
-      device_, ranks * sizeof(std::byte*) + (2 * choices + counts + shares) * sizeof(uint32_t), "scratch");
+      device_, ranks * sizeof(std::byte*) + (2 * choices + counts + shares) * sizeof(uint32_t) + kSharesAlignment,
+      "scratch");
   pinned_ = std::make_unique<PinnedMemory>(device_, sizeof(HostControl) + lanes * ranks * sizeof(uint32_t));
   host().stall_ns = nanoseconds(config.stall_timeout);
   host().first_stall_ns = nanoseconds(config.first_stall_timeout);
@@ -267,6 +269,7 @@ Control Member::control_values() {
   at += choices * sizeof(int32_t);
   control.counts = reinterpret_cast<uint32_t*>(at);
   at += static_cast<size_t>(shape_.physical_experts()) * sizeof(uint32_t);
+  at = scratch_->data() + round_up(at - scratch_->data(), kSharesAlignment);
   control.shares = reinterpret_cast<uint32_t*>(at);
   return control;
 }
@@ -276,13 +279,13 @@ void Member::publish() {
   if (closed_ || published_) return;
   server_.reset();  // everybody has what it hands out
   // Kernels of an equal group that was closed are still queued, and would see this one's block change.
-  if (block_->stuck && !wait_idle(device_, kIdleLimit)) {
+  if (block_->used && !wait_idle(device_, kIdleLimit)) {
     throw Error(ErrorKind::kFabric,
                 "group '" + name() + "': CUDA device " + std::to_string(device_) +
                     " still runs programs of the equal group that was closed before: wait "
                     "for their results before you connect");
   }
-  block_->stuck = false;
+  block_->used = true;
   const Control values = control_values();
   {
     const OnDevice current(device_);
@@ -388,15 +391,16 @@ void Member::close() {
   bool idle = true;
   if (published_) {
     // What is under way is given the time that it may need; what waits for peers then ends.
-    idle = wait_idle(device_, kFinishLimit);
+    static_cast<void>(wait_idle(device_, kFinishLimit));
     std::atomic_ref(host().abort).store(1, std::memory_order_release);
-    if (!idle) idle = wait_idle(device_, kIdleLimit);
     try {
+      // Kernels that start from here on only poison: those before them are waited for once more.
+      block_->shut();
+      idle = wait_idle(device_, kIdleLimit);
       if (idle) {
         exchanges_ = block_->next();
         courier_->drain(exchanges_, Clock::now() + std::chrono::milliseconds(kIdleLimit));
         group_->count_sent(exchanges_);
-        block_->shut();
       }
     } catch (const std::exception& error) {
       idle = false;
@@ -422,7 +426,6 @@ void Member::release(bool idle) {
     pinned_.reset();
     return;
   }
-  block_->stuck = true;
   static_cast<void>(host_staging_.release());
   static_cast<void>(host_regions_.release());
   for (auto& imported : imported_) static_cast<void>(imported.release());

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <string>
 
 #include "xla_ffi/cuda/device.h"
@@ -120,7 +121,21 @@ ImportedRegions::ImportedRegions(int device, const OwnedFd& fd, size_t bytes) {
   mapping_.allow(device);
 }
 
-PinnedMemory::PinnedMemory(int device, size_t bytes) : bytes_(bytes) {
+namespace {
+
+// Without a current device the runtime would make a context on the first one, for this call alone.
+template <typename Free>
+void on_device(int device, Free&& free) noexcept {
+  try {
+    const OnDevice current(device);
+    free();
+  } catch (const std::exception&) {  // the process ends, and the driver before it
+  }
+}
+
+}  // namespace
+
+PinnedMemory::PinnedMemory(int device, size_t bytes) : device_(device), bytes_(bytes) {
   const OnDevice current(device);
   void* data = nullptr;
   check(cudaHostAlloc(&data, bytes, cudaHostAllocMapped | cudaHostAllocPortable),
@@ -136,9 +151,12 @@ PinnedMemory::PinnedMemory(int device, size_t bytes) : bytes_(bytes) {
   device_data_ = static_cast<std::byte*>(mapped);
 }
 
-PinnedMemory::~PinnedMemory() { cudaFreeHost(data_); }
+PinnedMemory::~PinnedMemory() {
+  on_device(device_, [&] { cudaFreeHost(data_); });
+}
 
-PinnedView::PinnedView(int device, std::byte* data, size_t bytes) : data_(data), bytes_(bytes) {
+PinnedView::PinnedView(int device, std::byte* data, size_t bytes)
+    : device_(device), data_(data), bytes_(bytes) {
   const OnDevice current(device);
   check(cudaHostRegister(data, bytes, cudaHostRegisterMapped | cudaHostRegisterPortable),
         "pinning " + std::to_string(bytes) +
@@ -152,6 +170,8 @@ PinnedView::PinnedView(int device, std::byte* data, size_t bytes) : data_(data),
   device_data_ = static_cast<std::byte*>(mapped);
 }
 
-PinnedView::~PinnedView() { cudaHostUnregister(data_); }
+PinnedView::~PinnedView() {
+  on_device(device_, [&] { cudaHostUnregister(data_); });
+}
 
 }  // namespace pplx::moe::cuda

@@ -92,6 +92,7 @@ class PinnedMemory {
   std::byte* device_data() const noexcept { return device_data_; }
 
  private:
+  int device_;
   std::byte* data_ = nullptr;
   std::byte* device_data_ = nullptr;
   size_t bytes_;
@@ -108,6 +109,7 @@ class PinnedView {
   size_t bytes() const noexcept { return bytes_; }
 
  private:
+  int device_;
   std::byte* data_;
   std::byte* device_data_ = nullptr;
   size_t bytes_;

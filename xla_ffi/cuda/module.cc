@@ -65,16 +65,28 @@ class MemberHandle {
     nb::gil_scoped_release release;
     member_->fail(why);
   }
-  std::optional<Report> failure() const { return to_report(member_->failure()); }
+  std::optional<Report> failure() const {
+    const auto found = [&] {
+      const nb::gil_scoped_release release;
+      return member_->failure();
+    }();
+    return to_report(found);
+  }
   std::optional<std::tuple<std::string, std::string, bool>> take_data_error() {
-    const auto taken = member_->take_data_error();
+    const auto taken = [&] {
+      const nb::gil_scoped_release release;
+      return member_->take_data_error();
+    }();
     if (!taken) return std::nullopt;
     const auto report = to_report(taken->first);
     return std::tuple(report->first, report->second, taken->second);
   }
 
   nb::dict stats() const {
-    const MemberStats stats = member_->stats();
+    const MemberStats stats = [&] {
+      const nb::gil_scoped_release release;
+      return member_->stats();
+    }();
     nb::dict out = stats_dict(stats.group, member_->shape().rank);
     nb::list peers(out["peers"]);
     for (size_t rank = 0; rank < stats.nvlink.size(); ++rank) {
