@@ -161,8 +161,8 @@ struct Home {
         lanes &= lanes - 1;
         ++count;
         weights[m] = __shfl_sync(kAllLanes, weight, lane);
-        const auto* from = static_cast<const T*>(send.rows) +
-                           int64_t{__shfl_sync(kAllLanes, row, lane)} * shape.hidden;
+        const auto* from =
+            static_cast<const T*>(send.rows) + int64_t{__shfl_sync(kAllLanes, row, lane)} * shape.hidden;
 #pragma unroll
         for (int i = 0; i < kVecs; ++i) {
           const int32_t at = base + i * kWarp + lane_id();
@@ -190,7 +190,8 @@ struct Home {
 
   __device__ __forceinline__ void await_all(const Team& team, bool usable) {
     if (team.thread() == 0) trace(4);
-    if (!await_headers(args, team, exchange, tables, usable ? tables.counts.ranks_total : nullptr)) usable = false;
+    if (!await_headers(args, team, exchange, tables, usable ? tables.counts.ranks_total : nullptr))
+      usable = false;
     if (team.thread() != 0) return;
     trace(7);
     if (!usable) state.poisoned = 1;  // there is nothing to add up
@@ -224,7 +225,8 @@ struct Home {
     }
     const bool here = kSend && to.rank == shape.rank;  // reduced in place
     const std::byte* from = nullptr;
-    if (to.rank >= 0 && !here) from = exchange.incoming(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
+    if (to.rank >= 0 && !here)
+      from = exchange.incoming(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
     // Of this rank's own slot: its rows, an entry a lane.
     int32_t row = -1;
     float weight = 1.0F;
@@ -236,9 +238,10 @@ struct Home {
     }
     const uint32_t own_rows = __ballot_sync(kAllLanes, row >= 0);
     const int32_t first_choice = __shfl_sync(kAllLanes, to.expert, 0);
-    const std::byte* start = recv.start == nullptr || first_choice == kPastEnd
-                                 ? nullptr
-                                 : static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
+    const std::byte* start =
+        recv.start == nullptr || first_choice == kPastEnd
+            ? nullptr
+            : static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
     const uint32_t away = to.leaders & ~own;
     bool arrived = false;
     for (int32_t base = part.begin; base < part.end; base += kVecs * kWarp) {
@@ -278,8 +281,8 @@ struct Home {
   }
 
   // The first 16 bytes of each vector of the first of other ranks' sums, before they are needed.
-  __device__ __forceinline__ void load_partial(const std::byte* from, uint32_t away, int32_t base, int32_t end,
-                                               uint4 (&near)[kVecs]) const {
+  __device__ __forceinline__ void load_partial(const std::byte* from, uint32_t away, int32_t base,
+                                               int32_t end, uint4 (&near)[kVecs]) const {
     if (away == 0 || sizeof(W) != sizeof(T)) return;
     const auto* partial = reinterpret_cast<const std::byte*>(
         __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), __ffs(static_cast<int>(away)) - 1));
@@ -343,12 +346,15 @@ struct Home {
 
   __device__ __forceinline__ void poison() {
     fill_nan(recv.out, int64_t{args.tokens} * shape.hidden, shape.dtype);
-    if (recv.returned != nullptr) fill_nan(recv.returned, int64_t{args.tokens} * shape.top_k, DType::kFloat32);
+    if (recv.returned != nullptr)
+      fill_nan(recv.returned, int64_t{args.tokens} * shape.top_k, DType::kFloat32);
   }
 
   __device__ __forceinline__ void clear() {
-    const int64_t vecs = int64_t{args.tokens} * args.row_bytes / 16, numbers = int64_t{args.tokens} * shape.top_k;
-    const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, threads = int64_t{gridDim.x} * kThreads;
+    const int64_t vecs = int64_t{args.tokens} * args.row_bytes / 16,
+                  numbers = int64_t{args.tokens} * shape.top_k;
+    const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x,
+                  threads = int64_t{gridDim.x} * kThreads;
     for (int64_t i = thread; i < vecs; i += threads) static_cast<uint4*>(recv.out)[i] = {0, 0, 0, 0};
     for (int64_t i = thread; i < numbers; i += threads) recv.returned[i] = 0.0F;
   }
@@ -368,9 +374,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       .run();
 }
 
-size_t table_bytes(const MoeShape& shape) {
-  return static_cast<size_t>(SlotTables(shape, nullptr).bytes());
-}
+size_t table_bytes(const MoeShape& shape) { return static_cast<size_t>(SlotTables(shape, nullptr).bytes()); }
 
 template <bool kSend, bool kRecv, typename Visit>
 auto with_kernel(const MoeShape& shape, Visit&& visit) {
@@ -389,9 +393,9 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const HomeSend& send, const HomeRecv& recv, float* ticket_out,
                     const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1}, [&](const Args& args) {
-      return launch(kernel, call, table_bytes(call.shape), args, send, recv);
-    });
+    return launch_rounds(
+        call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
+        [&](const Args& args) { return launch(kernel, call, table_bytes(call.shape), args, send, recv); });
   });
 }
 

@@ -26,7 +26,6 @@ struct Cotangents {
   Span share;  // of the round's tokens
   int32_t* slots = nullptr;
 
-
   __device__ const Route& route() const { return kSend ? send.route : recv.route; }
 
   __device__ __forceinline__ void run() {
@@ -36,7 +35,8 @@ struct Cotangents {
     // A derivative that nobody asked for: nothing was sent.
     if (kRecv && !kSend && state.skip != 0) {
       const int64_t vecs = recv.route.rows * args.row_bytes / 16;
-      for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < vecs; i += int64_t{gridDim.x} * kThreads) {
+      for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < vecs;
+           i += int64_t{gridDim.x} * kThreads) {
         static_cast<uint4*>(recv.d_y)[i] = {0, 0, 0, 0};
       }
       exchange.leave();
@@ -48,7 +48,8 @@ struct Cotangents {
       bool usable = read_received(args, route(), exchange, tables);
       if constexpr (kSend) {
         // A block that gives up would leave the others waiting for it.
-        const bool own = number_own_tokens<kTopK>(args, everybody, share, send.route.home, exchange, tables, slots);
+        const bool own =
+            number_own_tokens<kTopK>(args, everybody, share, send.route.home, exchange, tables, slots);
         usable = usable && own;
       }
       if (threadIdx.x == 0 && !usable) state.poisoned = 1;
@@ -253,9 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       .run();
 }
 
-size_t table_bytes(const MoeShape& shape) {
-  return static_cast<size_t>(SlotTables(shape, nullptr).bytes());
-}
+size_t table_bytes(const MoeShape& shape) { return static_cast<size_t>(SlotTables(shape, nullptr).bytes()); }
 
 template <bool kSend, bool kRecv, typename Visit>
 auto with_kernel(const MoeShape& shape, Visit&& visit) {
@@ -277,13 +276,15 @@ cudaError_t clear(const KernelCall& call, const CombineTransposeRecv& recv) {
 
 // Rows are whole, as each has a dot product.
 template <bool kSend, bool kRecv>
-cudaError_t enqueue(const KernelCall& call, const CombineTransposeSend& send, const CombineTransposeRecv& recv,
-                    float* ticket_out, const float* ticket_in) {
+cudaError_t enqueue(const KernelCall& call, const CombineTransposeSend& send,
+                    const CombineTransposeRecv& recv, float* ticket_out, const float* ticket_in) {
   const bool clears_tail = call.shape.zero_tail && !has_holes(call.shape);
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1, .whole_rows = true}, [&](const Args& args) {
-      return launch(kernel, call, table_bytes(call.shape), args, send, recv, clears_tail);
-    });
+    return launch_rounds(
+        call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1, .whole_rows = true},
+        [&](const Args& args) {
+          return launch(kernel, call, table_bytes(call.shape), args, send, recv, clears_tail);
+        });
   });
 }
 

@@ -1,8 +1,9 @@
 // dispatch: tokens to the ranks of their experts, and out again by expert.
 //
-// Tokens for this rank itself go straight to their rows. Of few tokens every block sends and receives its share,
-// some of its warps looking after the headers meanwhile. Of many, some blocks send and the others receive, until
-// nothing is left to send: stores over NVLink would hold up those to memory in one multiprocessor.
+// Tokens for this rank itself go straight to their rows. Of few tokens every block sends and receives its
+// share, some of its warps looking after the headers meanwhile. Of many, some blocks send and the others
+// receive, until nothing is left to send: stores over NVLink would hold up those to memory in one
+// multiprocessor.
 #include "xla_ffi/cuda/kernels.h"
 #include "xla_ffi/cuda/launch.cuh"
 #include "xla_ffi/cuda/move.cuh"
@@ -17,9 +18,9 @@ constexpr double kSenderShare = 0.36;
 // In dynamic shared memory.
 struct Tables {
   Counts counts;
-  int32_t* places;       // [E] the expert's place, or, with replicas, its first one in `replicas`
-  int32_t* copies;       // [E]
-  int32_t* replicas;     // [physical experts] by expert
+  int32_t* places;        // [E] the expert's place, or, with replicas, its first one in `replicas`
+  int32_t* copies;        // [E]
+  int32_t* replicas;      // [physical experts] by expert
   int32_t* source_slots;  // [R]
   int32_t* most_slots;    // [1] of any source
   PlacementTables rows;
@@ -61,7 +62,8 @@ struct Tables {
   int32_t zeroed;  // the first words, which must be zero at first
 };
 
-// Which physical expert serves a token; docs/protocol.md: of several copies, number (token + rank) mod copies.
+// Which physical expert serves a token; docs/protocol.md: of several copies, number (token + rank) mod
+// copies.
 __device__ void find_places(const MoeShape& shape, const int32_t* map, const Tables& tables) {
   const auto physical = static_cast<uint32_t>(shape.physical_experts());
   const int32_t mine = threadIdx.x < physical ? map[threadIdx.x] : -1;
@@ -182,7 +184,6 @@ struct Dispatch {
   int32_t* slots = nullptr;
   uint32_t* ordinals = nullptr;
 
-
   __device__ __forceinline__ void run() {
     const bool open = state.stop == 0;
     if (open && kSend) {
@@ -219,7 +220,9 @@ struct Dispatch {
   }
 
   // Whether each block counts its own share only.
-  __device__ __forceinline__ bool adds_up() const { return args.senders != 0 && shape.rounds(args.tokens) == 1; }
+  __device__ __forceinline__ bool adds_up() const {
+    return args.senders != 0 && shape.rounds(args.tokens) == 1;
+  }
 
   __device__ __forceinline__ void exchange_rows(bool poisoned) {
     const Roles<kSend, kRecv> roles(args);
@@ -294,7 +297,8 @@ struct Dispatch {
   __device__ __forceinline__ void report() {
     const auto fault = static_cast<Fault>(state.bad & 0xffU);
     if (fault == Fault::kNumTokens) return exchange.data_error(fault, shape.rank, *send.num_tokens);
-    const auto token = static_cast<int64_t>(state.bad >> 16), k = static_cast<int64_t>(state.bad >> 8 & 0xffU);
+    const auto token = static_cast<int64_t>(state.bad >> 16),
+               k = static_cast<int64_t>(state.bad >> 8 & 0xffU);
     exchange.data_error(fault, shape.rank, token, k, send.indices[token * shape.top_k + k]);
   }
 
@@ -357,16 +361,20 @@ struct Dispatch {
       quantize_part(shape.quant, static_cast<const T*>(send.x) + int64_t{token} * shape.hidden, part, places);
       return;
     }
-    copy_bytes<false>(static_cast<const std::byte*>(send.x) + int64_t{token} * args.token_bytes, part, places);
-    if (args.scales != 0) copy_scales<false>(shape.quant, static_cast<const std::byte*>(send.scales) + int64_t{token} * args.scale_bytes, part,
-                       places);
+    copy_bytes<false>(static_cast<const std::byte*>(send.x) + int64_t{token} * args.token_bytes, part,
+                      places);
+    if (args.scales != 0)
+      copy_scales<false>(shape.quant,
+                         static_cast<const std::byte*>(send.scales) + int64_t{token} * args.scale_bytes, part,
+                         places);
   }
 
   // --- expert side ---
 
   // Whether there are rows to receive.
   __device__ __forceinline__ bool place_rows(const Team& team) {
-    // Once for practice, where it is on the way of few tokens: while the headers travel, the instructions come.
+    // Once for practice, where it is on the way of few tokens: while the headers travel, the instructions
+    // come.
 #pragma unroll 1
     for (int practice = args.senders == 0 ? 1 : 0; practice >= 0; --practice) {
       if (practice == 0 && !await_headers(team)) return false;
@@ -419,21 +427,24 @@ struct Dispatch {
         if (i >= all) continue;
         // As experts of all ranks: the source has the place of the rank.
         const int32_t source = args.rank_of(i);
-        counts[j] = practice          ? 0
-                    : args.round == 0 ? __ldcg(reinterpret_cast<const uint32_t*>(exchange.incoming(source) +
-                                                                               sizeof(RegionHeader)) +
-                                             (i - source * experts))
-                                    : args.control->counts[i];
+        counts[j] =
+            practice ? 0
+            : args.round == 0
+                ? __ldcg(reinterpret_cast<const uint32_t*>(exchange.incoming(source) + sizeof(RegionHeader)) +
+                         (i - source * experts))
+                : args.control->counts[i];
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int32_t i = first + j * team.threads;
         if (i >= all) continue;
         if (counts[j] > static_cast<uint32_t>(args.tokens)) {
-          exchange.fail(Fault::kMalformed, args.rank_of(i), static_cast<int64_t>(Malformed::kCounts), counts[j]);
+          exchange.fail(Fault::kMalformed, args.rank_of(i), static_cast<int64_t>(Malformed::kCounts),
+                        counts[j]);
         }
         // Later rounds need them when the region holds another message.
-        if (blockIdx.x == 0 && args.round == 0 && !practice && many_rounds) args.control->counts[i] = counts[j];
+        if (blockIdx.x == 0 && args.round == 0 && !practice && many_rounds)
+          args.control->counts[i] = counts[j];
         tables.rows.source_base[i] = static_cast<int32_t>(counts[j]);
       }
     }
@@ -592,7 +603,8 @@ struct Dispatch {
       return rows_of(sound ? row : -1);
     });
     if (!sound) {
-      if (lane_id() == 0) exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kEntry), slot);
+      if (lane_id() == 0)
+        exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kEntry), slot);
       return false;
     }
     if (args.scales != 0) copy_scales<true>(shape.quant, from + args.scales_at, part, places);
@@ -600,7 +612,8 @@ struct Dispatch {
   }
 
   // Of a received slot, by a warp: lane i gets entry i's row, -1: none. All lanes get whether all are sound.
-  __device__ __forceinline__ int32_t entry_row(int32_t source, int32_t slot, const std::byte* from, bool keeps, bool& sound) {
+  __device__ __forceinline__ int32_t entry_row(int32_t source, int32_t slot, const std::byte* from,
+                                               bool keeps, bool& sound) {
     const bool could = lane_id() < args.entries;
     const auto* entry = reinterpret_cast<const uint32_t*>(from + sizeof(SlotHeader)) + 3 * lane_id();
     const uint32_t entries = __ldcg(reinterpret_cast<const uint32_t*>(from) + 1);
@@ -648,8 +661,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Tables tables(args.shape, reinterpret_cast<int32_t*>(memory));
   Exchange exchange(args, state);
   exchange.begin<kSend>();
-  Dispatch<T, kTopK, kSend, kRecv>{args,  args.shape, send,   recv,
-                                   exchange, state,   tables, share(args.length(), args.begin())}
+  Dispatch<T, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
+                                   exchange, state,      tables, share(args.length(), args.begin())}
       .run();
 }
 
@@ -676,9 +689,9 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const DispatchSend& send, const DispatchRecv& recv,
                     float* ticket_out, const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1}, [&](const Args& args) {
-      return launch(kernel, call, table_bytes(call.shape), args, send, recv);
-    });
+    return launch_rounds(
+        call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
+        [&](const Args& args) { return launch(kernel, call, table_bytes(call.shape), args, send, recv); });
   });
 }
 

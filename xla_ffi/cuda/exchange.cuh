@@ -31,11 +31,11 @@ struct Args {
   uint64_t tag;
   int32_t tokens;
   int32_t round;
-  int32_t parts;      // of a row; divides kMaxParts
-  int32_t senders;    // blocks that send before they receive, the others only receive; 0: every block does both
-  float per_rank;     // 1 / experts_per_rank
-  // What shape and layout say, worked out once by the host: the kernel's code is fetched anew at every launch,
-  // so that what is short is quick.
+  int32_t parts;    // of a row; divides kMaxParts
+  int32_t senders;  // blocks that send before they receive, the others only receive; 0: every block does both
+  float per_rank;   // 1 / experts_per_rank
+  // What shape and layout say, worked out once by the host: the kernel's code is fetched anew at every
+  // launch, so that what is short is quick.
   int32_t entries;
   int32_t row_bytes, token_bytes, scale_bytes, scales;
   int32_t slot_header_bytes, scales_at, home_stride;  // in a slot
@@ -71,10 +71,10 @@ __device__ inline Span share(int32_t count, int32_t offset = 0) {
 // Per block, in shared memory.
 struct BlockState {
   uint64_t number;
-  uint32_t stop;           // a wait failed, or the group cannot be used: outputs are poisoned at the end
-  uint32_t poisoned;       // this rank's data is wrong
-  uint32_t last;           // this block is the last to finish
-  uint32_t skip;           // a derivative's recv whose send never was
+  uint32_t stop;            // a wait failed, or the group cannot be used: outputs are poisoned at the end
+  uint32_t poisoned;        // this rank's data is wrong
+  uint32_t last;            // this block is the last to finish
+  uint32_t skip;            // a derivative's recv whose send never was
   uint32_t taken[kQueues];  // units of this block's share of the work
   std::byte* host_regions;
   std::byte* host_staging;
@@ -96,14 +96,15 @@ struct Queue {
   }
 };
 
-// What follows is rarely or never run. It stays out of line, and takes what it needs as arguments: an Exchange
-// whose address is taken would live in memory.
+// What follows is rarely or never run. It stays out of line, and takes what it needs as arguments: an
+// Exchange whose address is taken would live in memory.
 
 // Where a rank's device memory is seen from here.
 static __device__ std::byte* peer_of(const Args& args, int32_t rank) { return args.control->peers[rank]; }
 
-static __device__ void write_fault(const Args& args, const BlockState& state, FaultRecord& record, Fault fault,
-                                   uint32_t culprit, int64_t detail0, int64_t detail1, int64_t detail2) {
+static __device__ void write_fault(const Args& args, const BlockState& state, FaultRecord& record,
+                                   Fault fault, uint32_t culprit, int64_t detail0, int64_t detail1,
+                                   int64_t detail2) {
   record.fault = fault;
   record.kind = static_cast<uint32_t>(args.kind);
   record.site = args.site;
@@ -126,10 +127,10 @@ static __device__ __noinline__ void fail(const Args& args, BlockState& state, Fa
     FaultRecord& record = control.host->failure;
     if (fault == Fault::kMismatch) {
       const auto lane = static_cast<int32_t>(state.number % args.layout.lanes);
-      const std::byte* memory = peer_of(args, culprit) != nullptr
-                                    ? peer_of(args, own) + args.layout.region_at(lane, culprit)
-                                    : control.host_regions + (int64_t{lane} * args.shape.num_ranks + culprit) *
-                                                                 args.region_bytes;
+      const std::byte* memory =
+          peer_of(args, culprit) != nullptr
+              ? peer_of(args, own) + args.layout.region_at(lane, culprit)
+              : control.host_regions + (int64_t{lane} * args.shape.num_ranks + culprit) * args.region_bytes;
       record.theirs = *reinterpret_cast<const RegionHeader*>(memory);
     }
     write_fault(args, state, record, fault, culprit, detail0, detail1, 0);
@@ -168,7 +169,8 @@ static __device__ bool go_on(const Args& args, BlockState& state, uint64_t& bega
   }
   const std::byte* own = peer_of(args, args.shape.rank);
   for (int32_t rank = 0; rank < args.shape.num_ranks; ++rank) {
-    const uint64_t notice = load_acquire(reinterpret_cast<const uint64_t*>(own + args.layout.notice_at(rank)));
+    const uint64_t notice =
+        load_acquire(reinterpret_cast<const uint64_t*>(own + args.layout.notice_at(rank)));
     if (notice == 0) continue;
     fail(args, state, Fault::kNotice, static_cast<int32_t>(notice - 1), rank, 0);
     return false;
@@ -325,13 +327,11 @@ class Exchange {
   __device__ std::byte* outgoing(int32_t rank) const {
     std::byte* memory = peer(rank);
     if (memory != nullptr) return memory + region_at(args_.shape.rank);
-    return state_.host_staging +
-           of_lane(rank) * args_.region_bytes;
+    return state_.host_staging + of_lane(rank) * args_.region_bytes;
   }
   __device__ const std::byte* incoming(int32_t source) const {
     if (direct(source)) return own() + region_at(source);
-    return state_.host_regions +
-           of_lane(source) * args_.region_bytes;
+    return state_.host_regions + of_lane(source) * args_.region_bytes;
   }
 
   // By one thread, after its team's writes to the region and a barrier: the message's header.
@@ -362,9 +362,7 @@ class Exchange {
   __device__ __forceinline__ void publish(int32_t rank, int32_t slot, int32_t part) const {
     std::byte* memory = peer(rank);
     if (memory == nullptr) return;
-    store_release(reinterpret_cast<uint64_t*>(
-                      memory + epoch_at(args_.shape.rank, slot, part)),
-                  epoch());
+    store_release(reinterpret_cast<uint64_t*>(memory + epoch_at(args_.shape.rank, slot, part)), epoch());
   }
   // By one thread of each block once the block has packed its part of what goes by proxy, after a barrier.
   // `slots(rank)`: of the whole message.
@@ -390,9 +388,8 @@ class Exchange {
 
   // By one thread: waits for a source's header and checks it. False: stopped.
   __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned) {
-    const auto* word =
-        direct(source) ? reinterpret_cast<const uint64_t*>(own() + ready_at(source))
-                       : &args_.control->host->arrived[lane_];
+    const auto* word = direct(source) ? reinterpret_cast<const uint64_t*>(own() + ready_at(source))
+                                      : &args_.control->host->arrived[lane_];
     if (!await(word, source)) return false;
     RegionHeader header;
     constexpr int kVecs = offsetof(RegionHeader, site) / 16;
@@ -428,24 +425,22 @@ class Exchange {
   }
   __device__ __forceinline__ bool has_arrived(int32_t source, int32_t slot, int32_t part) const {
     if (!direct(source)) return true;
-    return load_acquire(reinterpret_cast<const uint64_t*>(
-               own() + epoch_at(source, slot, part))) >= epoch();
+    return load_acquire(reinterpret_cast<const uint64_t*>(own() + epoch_at(source, slot, part))) >= epoch();
   }
   // By one lane: a part of a slot. What comes by proxy is here once its header is.
   __device__ __forceinline__ bool await_slot(int32_t source, int32_t slot, int32_t part) {
     if (!direct(source)) return true;
-    return await(reinterpret_cast<const uint64_t*>(
-                     own() + epoch_at(source, slot, part)),
-                 source);
+    return await(reinterpret_cast<const uint64_t*>(own() + epoch_at(source, slot, part)), source);
   }
 
   // Final; the first one wins.
-  __device__ __forceinline__ void fail(Fault fault, int32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0) {
+  __device__ __forceinline__ void fail(Fault fault, int32_t culprit, int64_t detail0 = 0,
+                                       int64_t detail1 = 0) {
     cuda::fail(args_, state_, fault, culprit, detail0, detail1);
   }
   // Recorded until check() takes it; the first one wins.
-  __device__ __forceinline__ void data_error(Fault fault, uint32_t culprit, int64_t detail0 = 0, int64_t detail1 = 0,
-                             int64_t detail2 = 0) {
+  __device__ __forceinline__ void data_error(Fault fault, uint32_t culprit, int64_t detail0 = 0,
+                                             int64_t detail1 = 0, int64_t detail2 = 0) {
     cuda::data_error(args_, state_, fault, culprit, detail0, detail1, detail2);
   }
 
@@ -490,8 +485,8 @@ class Exchange {
       if (args_.ticket_out != nullptr) {
         control.poisoned[lane_] = state_.poisoned != 0 || state_.last == kTainted ? 1 : 0;
         for (int digit = 0; digit < 4; ++digit) {
-          args_.ticket_out[digit] = 
-            failed ? kNoTicket : static_cast<float>(epoch() >> (16 * digit) & 0xffffU);
+          args_.ticket_out[digit] =
+              failed ? kNoTicket : static_cast<float>(epoch() >> (16 * digit) & 0xffffU);
         }
       }
     }
@@ -529,8 +524,8 @@ class Exchange {
     fail(Fault::kWindow, args_.shape.rank, static_cast<int64_t>(oldest));
   }
 
-  // The number is the ticket's whatever the group's state: all blocks must take the same lane for it. Where the
-  // ticket makes no sense that is 0.
+  // The number is the ticket's whatever the group's state: all blocks must take the same lane for it. Where
+  // the ticket makes no sense that is 0.
   __device__ __forceinline__ void read_ticket() {
     uint64_t ticket = 0;
     bool sound = true;
@@ -539,8 +534,7 @@ class Exchange {
       sound = sound && value >= 0.0F && value < 65536.0F && value == floorf(value);
       if (sound) ticket |= static_cast<uint64_t>(value) << (16 * digit);
     }
-    const bool transposed =
-        args_.kind == Kind::kDispatchTranspose || args_.kind == Kind::kCombineTranspose;
+    const bool transposed = args_.kind == Kind::kDispatchTranspose || args_.kind == Kind::kCombineTranspose;
     state_.skip = sound && ticket == 0 && transposed ? 1 : 0;
     state_.number = sound && ticket != 0 ? ticket - 1 : kNoNumber;
   }

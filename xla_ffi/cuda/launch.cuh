@@ -38,7 +38,7 @@ auto with_row_type(DType dtype, Visit&& visit) {
 
 // How a kernel's blocks share the work. Equal on all ranks.
 struct Division {
-  double sender_share = 1;   // of the blocks, where there are tokens enough for blocks to take sides
+  double sender_share = 1;  // of the blocks, where there are tokens enough for blocks to take sides
   bool whole_rows = false;
 };
 
@@ -78,38 +78,40 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
   const Division& division = wanted;
 #endif
   const int32_t senders =
-      sides ? std::clamp(static_cast<int32_t>(call.num_sms * division.sender_share + 0.5), 1, call.num_sms) : 0;
+      sides ? std::clamp(static_cast<int32_t>(call.num_sms * division.sender_share + 0.5), 1, call.num_sms)
+            : 0;
   const MoeShape& shape = call.shape;
   for (int32_t round = 0; round < rounds; ++round) {
     const bool counted = call.kind == Kind::kDispatch && round == 0;
-    const Args args{.control = call.control,
-                    .shape = call.shape,
-                    .layout = call.layout,
-                    .kind = call.kind,
-                    .site = call.site,
-                    .tag = call.tag,
-                    .tokens = call.tokens,
-                    .round = round,
-                    .parts = parts,
-                    .senders = senders,
-                    .per_rank = 1.0F / static_cast<float>(call.shape.experts_per_rank),
-                    .entries = shape.entries(),
-                    .row_bytes = static_cast<int32_t>(shape.row_bytes()),
-                    .token_bytes = static_cast<int32_t>(shape.token_bytes()),
-                    .scale_bytes = static_cast<int32_t>(shape.scale_bytes()),
-                    .scales = static_cast<int32_t>(shape.scales()),
-                    .slot_header_bytes = static_cast<int32_t>(shape.slot_header_bytes()),
-                    .scales_at = static_cast<int32_t>(shape.slot_header_bytes() + shape.token_stride()),
-                    .home_stride = static_cast<int32_t>(shape.home_stride()),
-                    .stride = slot_stride(shape, call.kind),
-                    .first_slot = static_cast<int32_t>(sizeof(RegionHeader) + (counted ? shape.counts_bytes() : 0)),
-                    .region_bytes = call.layout.region_bytes,
-                    .regions_at = call.layout.region_at(0, 0),
-                    .epochs_at = call.layout.epoch_at(0, 0, 0, 0),
-                    .ready_at = call.layout.ready_at(0, 0),
-                    .order = call.order,
-                    .ticket_out = ticket_out,
-                    .ticket_in = ticket_in};
+    const Args args{
+        .control = call.control,
+        .shape = call.shape,
+        .layout = call.layout,
+        .kind = call.kind,
+        .site = call.site,
+        .tag = call.tag,
+        .tokens = call.tokens,
+        .round = round,
+        .parts = parts,
+        .senders = senders,
+        .per_rank = 1.0F / static_cast<float>(call.shape.experts_per_rank),
+        .entries = shape.entries(),
+        .row_bytes = static_cast<int32_t>(shape.row_bytes()),
+        .token_bytes = static_cast<int32_t>(shape.token_bytes()),
+        .scale_bytes = static_cast<int32_t>(shape.scale_bytes()),
+        .scales = static_cast<int32_t>(shape.scales()),
+        .slot_header_bytes = static_cast<int32_t>(shape.slot_header_bytes()),
+        .scales_at = static_cast<int32_t>(shape.slot_header_bytes() + shape.token_stride()),
+        .home_stride = static_cast<int32_t>(shape.home_stride()),
+        .stride = slot_stride(shape, call.kind),
+        .first_slot = static_cast<int32_t>(sizeof(RegionHeader) + (counted ? shape.counts_bytes() : 0)),
+        .region_bytes = call.layout.region_bytes,
+        .regions_at = call.layout.region_at(0, 0),
+        .epochs_at = call.layout.epoch_at(0, 0, 0, 0),
+        .ready_at = call.layout.ready_at(0, 0),
+        .order = call.order,
+        .ticket_out = ticket_out,
+        .ticket_in = ticket_in};
     if (const cudaError_t error = enqueue(args); error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -162,7 +162,8 @@ void Member::allocate() {
   const size_t counts = ranks * static_cast<size_t>(shape_.experts_per_rank);
   const size_t shares = lanes * (ranks + counts) * kMaxBlocks;
   scratch_ = std::make_unique<DeviceRegions>(
-      device_, ranks * sizeof(std::byte*) + (2 * choices + counts + shares) * sizeof(uint32_t) + kSharesAlignment,
+      device_,
+      ranks * sizeof(std::byte*) + (2 * choices + counts + shares) * sizeof(uint32_t) + kSharesAlignment,
       "scratch");
   pinned_ = std::make_unique<PinnedMemory>(device_, sizeof(HostControl) + lanes * ranks * sizeof(uint32_t));
   host().stall_ns = nanoseconds(config.stall_timeout);

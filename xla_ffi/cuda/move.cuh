@@ -30,7 +30,8 @@ struct Places {
   // visit(row) or visit(row, scales) for each; by the whole warp.
   template <typename Visit>
   __device__ void each_row(Visit&& visit) const {
-    for (uint32_t left = lanes; left != 0; left &= left - 1) visit(of(row, __ffs(static_cast<int>(left)) - 1));
+    for (uint32_t left = lanes; left != 0; left &= left - 1)
+      visit(of(row, __ffs(static_cast<int>(left)) - 1));
   }
   template <typename Visit>
   __device__ void each(Visit&& visit) const {

@@ -23,13 +23,15 @@ __device__ inline int32_t aligned(const MoeShape& shape, int32_t rows) {
 // By a warp: the rows of all experts if each keeps at most `clip`, the same in all lanes.
 __device__ inline int64_t rows_with_clip(const MoeShape& shape, const int32_t* sizes, int32_t clip) {
   int64_t rows = 0;
-  for (int32_t e = lane_id(); e < shape.experts_per_rank; e += kWarp) rows += aligned(shape, min(sizes[e], clip));
+  for (int32_t e = lane_id(); e < shape.experts_per_rank; e += kWarp)
+    rows += aligned(shape, min(sizes[e], clip));
   return warp_sum(rows);
 }
 
 // By the team, whose source_base holds counts; after a barrier, and before another one. The same in every
 // block.
-__device__ inline void place(const MoeShape& shape, const Team& team, int64_t rows, const PlacementTables& to) {
+__device__ inline void place(const MoeShape& shape, const Team& team, int64_t rows,
+                             const PlacementTables& to) {
   const int32_t experts = shape.experts_per_rank;
   for (int32_t e = team.thread(); e < experts; e += team.threads) {
     int32_t size = 0;

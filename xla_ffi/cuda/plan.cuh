@@ -34,8 +34,8 @@ struct ChoiceLane {
 // By a team, of the tokens in `span`: adds up `counts`. choices.load(token, k) is what the choice is told by,
 // choices.home(token, k, loaded, valid) its physical expert, below 0: none; by whole warps.
 template <int kTopK, typename Choices>
-__device__ __forceinline__ void count_tokens(const Args& args, const Team& team, Span span, Span share, const Counts& counts,
-                             const Choices& choices) {
+__device__ __forceinline__ void count_tokens(const Args& args, const Team& team, Span span, Span share,
+                                             const Counts& counts, const Choices& choices) {
   constexpr int kAtOnce = 2;
   const ChoiceLane<kTopK> lane;
   const MoeShape& shape = args.shape;
@@ -90,8 +90,8 @@ __device__ __forceinline__ void count_tokens(const Args& args, const Team& team,
 __device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchange, const Counts& counts) {
   const int32_t ranks = args.shape.num_ranks;
   const int32_t entries = ranks + (counts.experts_total != nullptr ? args.shape.physical_experts() : 0);
-  uint32_t* shares = args.control->shares +
-                     int64_t{exchange.lane()} * (ranks + args.shape.physical_experts()) * kMaxBlocks;
+  uint32_t* shares =
+      args.control->shares + int64_t{exchange.lane()} * (ranks + args.shape.physical_experts()) * kMaxBlocks;
   const auto at = [&](int32_t entry) -> int32_t& {
     return entry < ranks ? counts.ranks_total[entry] : counts.experts_total[entry - ranks];
   };
@@ -112,7 +112,8 @@ __device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchan
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const uint32_t block = 4 * (j * kWarp + lane_id());
-        if (block < blocks) some[i][j] = __ldcg(reinterpret_cast<const uint4*>(shares + int64_t{entry} * kMaxBlocks + block));
+        if (block < blocks)
+          some[i][j] = __ldcg(reinterpret_cast<const uint4*>(shares + int64_t{entry} * kMaxBlocks + block));
       }
     }
 #pragma unroll
@@ -144,8 +145,8 @@ __device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchan
 // By one warp, after count_tokens and a barrier; advances the counts before the share to those after it.
 // Slots [T, K] of each choice's token on the choice's rank; with kOrdinals those [T, K] of each choice too.
 template <int kTopK, bool kOrdinals>
-__device__ __forceinline__ void number_tokens(const Args& args, Span share, const Counts& counts, const int32_t* home,
-                              int32_t* slots, uint32_t* ordinals) {
+__device__ __forceinline__ void number_tokens(const Args& args, Span share, const Counts& counts,
+                                              const int32_t* home, int32_t* slots, uint32_t* ordinals) {
   const ChoiceLane<kTopK> lane;
   const MoeShape& shape = args.shape;
   const uint32_t earlier_tokens = (lane.token_lanes & -lane.token_lanes) - 1U;
@@ -180,11 +181,11 @@ __device__ __forceinline__ void number_tokens(const Args& args, Span share, cons
 
 // A token's destinations, seen by a warp: lane k has the token's choice k.
 struct Destinations {
-  int32_t expert;     // physical, of this lane's choice; below 0: none
-  int32_t rank;       // of the choice, -1: none
-  int32_t slot;       // of the token on that rank
-  uint32_t group;     // lanes of the token's choices on the same rank
-  uint32_t leaders;   // the first lane of each rank's
+  int32_t expert;    // physical, of this lane's choice; below 0: none
+  int32_t rank;      // of the choice, -1: none
+  int32_t slot;      // of the token on that rank
+  uint32_t group;    // lanes of the token's choices on the same rank
+  uint32_t leaders;  // the first lane of each rank's
   bool leads;
 
   // The choice's place among those of its rank.

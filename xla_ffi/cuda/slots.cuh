@@ -1,5 +1,6 @@
-// The slots of an exchange after dispatch, from a route's arrays: those that this rank received, and those that
-// its own tokens have elsewhere. The arrays come back from the caller's program, so every index is checked.
+// The slots of an exchange after dispatch, from a route's arrays: those that this rank received, and those
+// that its own tokens have elsewhere. The arrays come back from the caller's program, so every index is
+// checked.
 #pragma once
 
 #include "xla_ffi/cuda/plan.cuh"
@@ -9,13 +10,13 @@ namespace pplx::moe::cuda {
 // In dynamic shared memory.
 struct SlotTables {
   Counts counts;
-  int32_t* received;    // [R] slots that this rank received in the round
-  int32_t* announced;   // [R] slots that the source says it sends
-  uint32_t* poisoned;   // [R] the source's data is wrong
-  uint32_t* unsound;    // [1] the route is not one that dispatch returned
-  int32_t* most;        // [1] slots that travel between two ranks
-  int32_t words;        // of the above
-  int32_t* near;        // [kNearChoices] slots of the share's tokens, if there are few
+  int32_t* received;   // [R] slots that this rank received in the round
+  int32_t* announced;  // [R] slots that the source says it sends
+  uint32_t* poisoned;  // [R] the source's data is wrong
+  uint32_t* unsound;   // [1] the route is not one that dispatch returned
+  int32_t* most;       // [1] slots that travel between two ranks
+  int32_t words;       // of the above
+  int32_t* near;       // [kNearChoices] slots of the share's tokens, if there are few
 
   __host__ __device__ SlotTables(const MoeShape& shape, int32_t* memory) {
     const int32_t ranks = (shape.num_ranks + 1) / 2 * 2;
@@ -44,7 +45,7 @@ __device__ inline SlotPart slot_part(const Args& args, int32_t unit, int32_t ran
 
 // By a block: what was received. False: unusable, which is recorded.
 __device__ __forceinline__ bool read_received(const Args& args, const Route& route, Exchange& exchange,
-                                     const SlotTables& tables) {
+                                              const SlotTables& tables) {
   const bool failed = *route.ok != 1;
   for (int32_t s = threadIdx.x; s < args.shape.num_ranks; s += kThreads) {
     const int32_t count = failed ? 0 : route.source_slots[int64_t{args.round} * args.shape.num_ranks + s];
@@ -63,7 +64,7 @@ __device__ __forceinline__ bool read_received(const Args& args, const Route& rou
 
 // Where the slots of this rank's tokens are noted down, [T, K].
 __device__ __forceinline__ int32_t* slot_notes(const Args& args, Span share, const Exchange& exchange,
-                                      const SlotTables& tables) {
+                                               const SlotTables& tables) {
   if (args.senders == 0 && share.size() * args.shape.top_k <= kNearChoices) {
     return tables.near - share.begin * args.shape.top_k;
   }
@@ -73,8 +74,9 @@ __device__ __forceinline__ int32_t* slot_notes(const Args& args, Span share, con
 // By a team, which is the whole block where blocks take sides: where this rank's own tokens are. False:
 // unusable, which is recorded, or stopped.
 template <int kTopK>
-__device__ __forceinline__ bool number_own_tokens(const Args& args, const Team& team, Span share, const int32_t* home,
-                                  Exchange& exchange, const SlotTables& tables, int32_t* slots) {
+__device__ __forceinline__ bool number_own_tokens(const Args& args, const Team& team, Span share,
+                                                  const int32_t* home, Exchange& exchange,
+                                                  const SlotTables& tables, int32_t* slots) {
   const CheckedHomes choices{args.shape, home, tables.unsound};
   const bool adds_up = args.senders != 0 && args.shape.rounds(args.tokens) == 1;
   const Span span = adds_up ? share : Span{0, args.tokens};
@@ -107,7 +109,7 @@ __device__ __forceinline__ bool number_own_tokens(const Args& args, const Team& 
 // By a team: every source's header. False: stopped. `expected`: slots that each must announce unless it is
 // poisoned, or null.
 __device__ __forceinline__ bool await_headers(const Args& args, const Team& team, Exchange& exchange,
-                                     const SlotTables& tables, const int32_t* expected) {
+                                              const SlotTables& tables, const int32_t* expected) {
   for (int32_t source = team.thread(); source < args.shape.num_ranks; source += team.threads) {
     uint32_t count = 0;
     bool poisoned = false;
@@ -127,8 +129,8 @@ __device__ __forceinline__ bool await_headers(const Args& args, const Team& team
 }
 
 // The rows of a slot, seen by a warp: lane i has entry i's, -1: none.
-__device__ __forceinline__ int32_t slot_row(const Args& args, const Route& route, int32_t source, int32_t slot,
-                                   Exchange& exchange) {
+__device__ __forceinline__ int32_t slot_row(const Args& args, const Route& route, int32_t source,
+                                            int32_t slot, Exchange& exchange) {
   if (lane_id() >= args.entries) return -1;
   const int32_t row = route.slot_rows[args.slot_index(source, slot) * args.entries + lane_id()];
   if (row >= -1 && row < route.rows) return row;
