@@ -316,9 +316,9 @@ def expect_sound(contender: Contender, mesh: Mesh, load: Load, shape: Shape) -> 
 
 def copy_rates(devices: Sequence[jax.Device]) -> tuple[float, float]:
     """Bytes per second: from GPU to GPU in each direction, and read plus written in one GPU's memory."""
-    size = 1 << 29
-    local = jax.device_put(jnp.ones(size, jnp.uint8), devices[0])
-    bump = jax.jit(lambda a: a + jnp.uint8(1))
+    size = 1 << 30
+    local = jax.device_put(jnp.ones(size // 4, jnp.float32), devices[0])
+    bump = jax.jit(lambda a: a + 1)
     jax.block_until_ready(bump(local))
     memory = 2 * size / (median_us(bump, (local,), 20) / 1e6)
     if len(devices) < 2:

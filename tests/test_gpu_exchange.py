@@ -327,6 +327,7 @@ def test_more_memory_than_there_is(ranks):
 def test_memory(path):
     """What the group has allocated is what the documentation of ``ExchangeConfig.memory`` says."""
     with group(2, hidden=7168, max_tokens=512, depth=2, **PATHS[path]) as ep:
+        ep.connect()
         memory = ep.stats()["memory"]
         regions, slots = ep.config.memory(2).regions, 2 * 2 * 2 * 512
         device = regions + 64 * slots
