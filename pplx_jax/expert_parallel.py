@@ -53,7 +53,8 @@ class ExpertParallel:
         through the host and ``fabric``.
       node_size: on GPUs: only ranks r of equal r // node_size do so; default all on the same host.
       num_sms: on GPUs: multiprocessors that an exchange may take, equal on all ranks; default 64, or what the
-        smallest GPU of the group has.
+        smallest GPU of the group has. Its blocks wait for those of other ranks: leave some for kernels that
+        run beside it and wait too, such as collectives (NCCL takes up to 32).
 
     Raises:
       TypeError, ValueError: which argument, what it was, what is allowed.
