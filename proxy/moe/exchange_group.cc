@@ -427,6 +427,10 @@ void ExchangeGroup::close() {
   if (connected_) note(LogLevel::kInfo, latest_exchange(), Field("event", "closed"));
 }
 
+void ExchangeGroup::progress() {
+  if (!closed_) engine_->progress();
+}
+
 GroupStats ExchangeGroup::stats() const {
   GroupStats stats;
   stats.exchanges = next_exchange_;

@@ -107,6 +107,8 @@ class ExchangeGroup {
   // in an earlier execution (or outside any).
   bool raises_in(int64_t run) const;
 
+  // Moves messages on, without waiting. An exchange's wait() does so itself.
+  void progress();
   GroupStats stats() const;
   // Idempotent, bounded by two seconds: tells the peers, drains local completions, closes the engine.
   void close();
@@ -247,7 +249,7 @@ class Exchange {
   // True when every rank's message is here and checked. False: the group has failed.
   bool wait();
   // For threads that must not wait: looks once whether all is here and has left, or the group has failed, so
-  // that wait() returns at once.
+  // that wait() returns at once. ExchangeGroup::progress() brings it about.
   bool poll(Patience& patience);
   const RegionHeader& header(uint32_t source) const;
   const std::byte* body(uint32_t source) const;

@@ -21,6 +21,8 @@ constexpr auto kWatchEvery = std::chrono::milliseconds(5);
 constexpr auto kNoticeGrace = std::chrono::milliseconds(300);
 constexpr unsigned kSpins = 2000;
 constexpr auto kNap = std::chrono::microseconds(20);
+// So long after a submission nobody naps: the answer is on its way.
+constexpr auto kBrisk = std::chrono::milliseconds(2);
 
 template <typename T>
 T load(T& word) {
@@ -58,10 +60,12 @@ void Courier::work() {
   unsigned idle = 0;
   auto watched = Clock::now();
   while (!stop_) {
+    const auto now = Clock::now();
     try {
+      // What peers send needs this side to look too; the engine's own thread naps between two looks.
+      if (carries_) config_.group.progress();
       const bool moved = carries_ && (post_next() || receive_oldest());
       idle = moved ? 0 : idle + 1;
-      const auto now = Clock::now();
       if (now - watched >= kWatchEvery) {
         watch();
         watched = now;
@@ -75,6 +79,8 @@ void Courier::work() {
     }
     if (!carries_) {
       std::this_thread::sleep_for(kWatchEvery);
+    } else if (!underway_.empty() && now - underway_.front().patience.since < kBrisk) {
+      sched_yield();
     } else if (idle > kSpins) {
       std::this_thread::sleep_for(kNap);
     } else if (idle > kSpins / 2) {
