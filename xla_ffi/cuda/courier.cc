@@ -77,13 +77,12 @@ void Courier::work() {
       watch();
       carries_ = false;
     }
+    const bool brisk = !underway_.empty() && now - underway_.front().patience.since < kBrisk;
     if (!carries_) {
       std::this_thread::sleep_for(kWatchEvery);
-    } else if (!underway_.empty() && now - underway_.front().patience.since < kBrisk) {
-      sched_yield();
-    } else if (idle > kSpins) {
+    } else if (idle > kSpins && !brisk) {
       std::this_thread::sleep_for(kNap);
-    } else if (idle > kSpins / 2) {
+    } else if (idle > kSpins / 2 || brisk) {
       sched_yield();
     }
   }
