@@ -7,7 +7,7 @@
 #include "xla_ffi/cuda/kernels.h"
 #include "xla_ffi/cuda/launch.cuh"
 #include "xla_ffi/cuda/move.cuh"
-#include "xla_ffi/cuda/placement.cuh"
+#include "xla_ffi/cuda/routing.cuh"
 #include "xla_ffi/cuda/slots.cuh"
 
 namespace pplx::moe::cuda {
@@ -15,159 +15,6 @@ namespace {
 
 // Of the blocks, where some only send at first.
 constexpr double kSenderShare = 0.36;
-// In dynamic shared memory.
-struct Tables {
-  Counts counts;
-  int32_t* places;        // [E] the expert's place, or, with replicas, its first one in `replicas`
-  int32_t* copies;        // [E]
-  int32_t* replicas;      // [physical experts] by expert
-  int32_t* source_slots;  // [R]
-  int32_t* most_slots;    // [1] of any source
-  PlacementTables rows;
-  int32_t* scratch;  // [E], until rows are placed
-  // Of the block's share of the tokens, if it is small: docs of Control say what.
-  int32_t* homes;
-  int32_t* slots;
-  uint32_t* ordinals;
-  int32_t* replicated;
-  int32_t words;
-
-  __host__ __device__ Tables(const MoeShape& shape, int32_t* memory) {
-    int32_t* at = memory;
-    const auto take = [&](int32_t count) {
-      int32_t* taken = at;
-      at += (count + 1) / 2 * 2;
-      return taken;
-    };
-    const int32_t physical = shape.physical_experts(), ranks = shape.num_ranks;
-    counts = {take(ranks), take(ranks), take(physical), take(physical)};
-    source_slots = take(ranks);
-    most_slots = take(1);
-    replicated = take(1);
-    zeroed = static_cast<int32_t>(at - memory);
-    places = take(shape.num_experts);
-    copies = take(shape.num_experts);
-    replicas = take(physical);
-    scratch = take(physical > shape.num_experts ? physical : shape.num_experts);
-    rows.source_base = scratch;
-    rows.base = take(shape.experts_per_rank + 1);
-    rows.kept = take(shape.experts_per_rank);
-    rows.needed = take(1);
-    rows.dropped = take(1);
-    homes = take(kNearChoices);
-    slots = take(kNearChoices);
-    ordinals = reinterpret_cast<uint32_t*>(take(kNearChoices));
-    words = static_cast<int32_t>(at - memory);
-  }
-  int32_t zeroed;  // the first words, which must be zero at first
-};
-
-// Which physical expert serves a token; docs/protocol.md: of several copies, number (token + rank) mod
-// copies.
-__device__ void find_places(const MoeShape& shape, const int32_t* map, const Tables& tables) {
-  const auto physical = static_cast<uint32_t>(shape.physical_experts());
-  const int32_t mine = threadIdx.x < physical ? map[threadIdx.x] : -1;
-  const auto in_range = [&](int32_t expert) { return expert >= 0 && expert < shape.num_experts; };
-  for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) tables.places[e] = -1;
-  __syncthreads();
-  for (int32_t p = threadIdx.x; p < shape.physical_experts(); p += kThreads) {
-    const int32_t expert = p < kThreads ? mine : map[p];
-    if (in_range(expert) && atomicCAS(&tables.places[expert], -1, p) != -1) *tables.replicated = 1;
-  }
-  __syncthreads();
-  if (*tables.replicated == 0) return;
-  for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) {
-    tables.copies[e] = 0;
-    tables.scratch[e] = 0;
-  }
-  __syncthreads();
-  for (int32_t p = threadIdx.x; p < shape.physical_experts(); p += kThreads) {
-    if (in_range(map[p])) atomicAdd(&tables.copies[map[p]], 1);
-  }
-  __syncthreads();
-  if (warp_id() == 0) {
-    int32_t end = 0;
-    for (int32_t first = 0; first < shape.num_experts; first += kWarp) {
-      const int32_t e = first + lane_id();
-      const int32_t own = e < shape.num_experts ? tables.copies[e] : 0;
-      int32_t sum = own;
-#pragma unroll
-      for (int width = 1; width < kWarp; width *= 2) {
-        const int32_t other = __shfl_up_sync(kAllLanes, sum, width);
-        if (lane_id() >= width) sum += other;
-      }
-      if (e < shape.num_experts) tables.places[e] = end + sum - own;
-      end += __shfl_sync(kAllLanes, sum, kWarp - 1);
-    }
-    __syncwarp();
-    // In ascending order of places, which is the order of a replica's number.
-    for (int32_t first = 0; first < shape.physical_experts(); first += kWarp) {
-      const int32_t p = first + lane_id();
-      const int32_t expert = p < shape.physical_experts() ? map[p] : -1;
-      const bool valid = in_range(expert);
-      const uint32_t same = __match_any_sync(kAllLanes, valid ? expert : -1 - lane_id());
-      if (valid) {
-        tables.replicas[tables.places[expert] + tables.scratch[expert] + __popc(same & lanes_below())] = p;
-      }
-      __syncwarp();
-      if (valid && (same & lanes_below()) == 0) tables.scratch[expert] += __popc(same);
-      __syncwarp();
-    }
-  }
-  __syncthreads();
-}
-
-// The routing of this rank's tokens as the caller gives it, checked.
-template <int kTopK>
-struct Routing {
-  const MoeShape& shape;
-  const DispatchSend& send;
-  const Tables& tables;
-  Span share;
-  int32_t* homes;
-  int32_t num_tokens;
-  unsigned long long* bad;
-
-  __device__ int32_t load(int32_t token, int32_t k) const {
-    return __ldg(send.indices + int64_t{token} * shape.top_k + k);
-  }
-  __device__ int32_t home(int32_t token, int32_t k, int32_t id, bool valid) const {
-    const ChoiceLane<kTopK> lane;
-    const bool names = valid && token < num_tokens && id != -1;
-    // Twice in a token, if an earlier lane of the token has it too.
-    const uint32_t same = __match_any_sync(kAllLanes, names ? id : -1 - lane_id());
-    int32_t home = kNotRouted;
-    if (valid && token >= num_tokens) {
-      home = kPastEnd;
-    } else if (names) {
-      home = find(token, k, id, (same & lane.token_lanes & lanes_below()) != 0);
-    }
-    if (valid && token >= share.begin && token < share.end) {
-      const int64_t at = int64_t{token} * shape.top_k + k;
-      send.home[at] = home;
-      homes[at] = home;
-    }
-    return home;
-  }
-
- private:
-  __device__ int32_t find(int32_t token, int32_t k, int32_t id, bool again) const {
-    if (id < 0 || id >= shape.num_experts) return wrong(token, k, Fault::kBadExpert);
-    if (again) return wrong(token, k, Fault::kDuplicate);
-    int32_t place = tables.places[id];
-    if (*tables.replicated != 0) {
-      const int32_t copies = tables.copies[id];
-      place = copies == 0 ? -1 : tables.replicas[place + static_cast<uint32_t>(token + shape.rank) % copies];
-    }
-    return place >= 0 ? place : wrong(token, k, Fault::kHomeless);
-  }
-
-  __device__ int32_t wrong(int32_t token, int32_t k, Fault fault) const {
-    atomicMin(bad, static_cast<unsigned long long>(token) << 16 | static_cast<unsigned long long>(k) << 8 |
-                       static_cast<unsigned long long>(fault));
-    return kNotRouted;
-  }
-};
 
 template <typename T, int kTopK, bool kSend, bool kRecv>
 struct Dispatch {
@@ -177,7 +24,7 @@ struct Dispatch {
   const DispatchRecv& recv;
   Exchange& exchange;
   BlockState& state;
-  const Tables& tables;
+  const DispatchTables& tables;
   Span share;  // of the round's tokens
   // Of this rank's tokens, [T, K]: in shared memory, of which only the share's part is, or in the scratch.
   int32_t* homes = nullptr;
@@ -658,7 +505,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const __grid_constant__ DispatchRecv recv) {
   extern __shared__ int64_t memory[];
   __shared__ BlockState state;
-  const Tables tables(args.shape, reinterpret_cast<int32_t*>(memory));
+  const DispatchTables tables(args.shape, reinterpret_cast<int32_t*>(memory));
   Exchange exchange(args, state);
   exchange.begin<kSend>();
   Dispatch<T, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
@@ -667,7 +514,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 size_t table_bytes(const MoeShape& shape) {
-  return sizeof(int32_t) * static_cast<size_t>(Tables(shape, nullptr).words);
+  return sizeof(int32_t) * static_cast<size_t>(DispatchTables(shape, nullptr).words);
 }
 
 // visit(kernel): the kernel of a shape.

@@ -1,0 +1,99 @@
+// What a kernel is given, and what its blocks know.
+#pragma once
+
+#include "xla_ffi/cuda/control.h"
+#include "xla_ffi/cuda/sync.cuh"
+
+namespace pplx::moe::cuda {
+
+inline constexpr int kThreads = 512;
+// Of a block that both sends and receives: threads that see to headers while the others send.
+inline constexpr int kPlacers = 128;
+// So many ranks' addresses are kept in shared memory.
+inline constexpr int kNearRanks = 64;
+
+#ifdef PPLX_TRACE
+// For tuning: when each block came by, by its thread that calls first.
+inline constexpr int kTraceEvents = 16, kTraceBlocks = 256;
+__device__ uint64_t trace_times[kTraceEvents][kTraceBlocks];
+__device__ inline void trace(int event) { trace_times[event][blockIdx.x] = now_ns(); }
+#else
+__device__ inline void trace(int) {}
+#endif
+
+// What every kernel gets, by value.
+struct Args {
+  Control* control;
+  MoeShape shape;
+  RegionLayout layout;
+  Kind kind;
+  uint32_t site;
+  uint64_t tag;
+  int32_t tokens;
+  int32_t round;
+  int32_t parts;    // of a row; divides kMaxParts
+  int32_t senders;  // blocks that send before they receive, the others only receive; 0: every block does both
+  float per_rank;   // 1 / experts_per_rank
+  // What shape and layout say, worked out once by the host: the kernel's code is fetched anew at every
+  // launch, so that what is short is quick.
+  int32_t entries;
+  int32_t row_bytes, token_bytes, scale_bytes, scales;
+  int32_t slot_header_bytes, scales_at, home_stride;  // in a slot
+  int64_t stride;
+  int32_t first_slot;
+  int64_t region_bytes, regions_at, epochs_at, ready_at;
+  float* order;
+  float* ticket_out;
+  const float* ticket_in;
+
+  __device__ int32_t begin() const { return round * shape.chunk; }  // first token of the round
+  __device__ int32_t length() const { return min(tokens - begin(), shape.chunk); }
+  // Of a physical expert, at most kMaxExperts: no division.
+  __device__ int32_t rank_of(int32_t expert) const {
+    return __float2int_rz((static_cast<float>(expert) + 0.5F) * per_rank);
+  }
+  // Of a slot in the route's arrays, which have room for every token of every source.
+  __device__ int32_t slot_index(int32_t source, int32_t slot) const {
+    return shape.num_ranks * begin() + source * length() + slot;
+  }
+};
+
+// A half-open range of a block's work.
+struct Span {
+  int32_t begin, end;
+  __device__ int32_t size() const { return end - begin; }
+};
+__device__ inline Span share(int32_t count, int32_t offset = 0) {
+  return {static_cast<int32_t>(offset + int64_t{count} * blockIdx.x / gridDim.x),
+          static_cast<int32_t>(offset + int64_t{count} * (blockIdx.x + 1) / gridDim.x)};
+}
+
+// Per block, in shared memory.
+struct BlockState {
+  uint64_t number;
+  uint32_t stop;            // a wait failed, or the group cannot be used: outputs are poisoned at the end
+  uint32_t poisoned;        // this rank's data is wrong
+  uint32_t last;            // this block is the last to finish
+  uint32_t skip;            // a derivative's recv whose send never was
+  uint32_t taken[kQueues];  // units of this block's share of the work
+  std::byte* host_regions;
+  std::byte* host_staging;
+  unsigned long long bad;  // what is wrong with the data: the smallest of token, choice and fault
+  uint64_t received[kMaxLanes];
+  std::byte* peers[kNearRanks];
+};
+
+// Units of work [begin, end), taken one by one, by a warp each.
+struct Queue {
+  uint32_t* taken;
+  int32_t begin, end;
+
+  // At or past `end`: nothing is left.
+  __device__ int32_t take() const {
+    int32_t unit = 0;
+    if (lane_id() == 0) unit = begin + static_cast<int32_t>(atomicAdd(taken, 1U));
+    return __shfl_sync(kAllLanes, unit, 0);
+  }
+};
+
+}  // namespace pplx::moe::cuda
