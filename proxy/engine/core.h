@@ -151,6 +151,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void on_immediate(uint32_t imm) override;
   void on_message(std::span<const std::byte> message) override;
   void on_error(const Error& error) override;
+  void on_down(const Error& error) override;
 
   const ProcessMark mark_;
   const EngineConfig config_;

@@ -37,6 +37,7 @@ struct SimConfig {
   uint32_t stall_polls = 64;
   uint32_t queue_depth = 4096;  // outstanding operations an endpoint accepts before it pushes back
   uint64_t max_write = 0;       // longest write taken in one operation, longer ones are split; 0: any
+  bool mutual = false;          // writes and reads of whoever the target has not connected to are refused
 };
 
 struct EngineConfig {

@@ -301,6 +301,8 @@ void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
   if (error->kind() == ErrorKind::kPeer) fail_peer(peer, *error);
 }
 
+void EngineCore::on_down(const Error& error) { on_error(error); }
+
 void EngineCore::on_error(const Error& error) {
   bump(counters_.errors);
   log(LogLevel::kWarn, fabric_name_, ": ", error.what());

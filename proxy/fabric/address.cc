@@ -14,9 +14,8 @@ namespace {
 
 constexpr uint32_t kAddressMagic = 0x41584c50;     // "PLXA"
 constexpr uint32_t kDescriptorMagic = 0x44584c50;  // "PLXD"
-constexpr uint16_t kVersion = 1;
+constexpr uint16_t kVersion = 2;
 constexpr size_t kMaxEndpoints = 64;
-constexpr size_t kMaxDomains = 16;
 
 void put_header(ByteWriter& out, uint32_t magic) {
   out.put(magic);
@@ -59,6 +58,13 @@ std::string PeerAddress::label() const {
   return text + ")";
 }
 
+PeerAddress PeerAddress::nic(size_t index) const {
+  PeerAddress one = *this;
+  one.further.clear();
+  if (index > 0) one.endpoints = further.at(index - 1);
+  return one;
+}
+
 PeerAddress make_address(std::string fabric, std::string provider) {
   PeerAddress address;
   address.fabric = std::move(fabric);
@@ -80,8 +86,13 @@ std::vector<std::byte> encode(const PeerAddress& address) {
   out.put(address.pid);
   out.put(address.pid_namespace);
   out.text(address.host);
-  out.put(static_cast<uint16_t>(address.endpoints.size()));
-  for (const auto& name : address.endpoints) out.blob(name);
+  out.put(static_cast<uint16_t>(address.nics()));
+  auto put = [&](const PeerAddress::Endpoints& endpoints) {
+    out.put(static_cast<uint16_t>(endpoints.size()));
+    for (const auto& name : endpoints) out.blob(name);
+  };
+  put(address.endpoints);
+  for (const auto& endpoints : address.further) put(endpoints);
   out.checksum();
   return out.take();
 }
@@ -96,12 +107,20 @@ PeerAddress decode_address(std::span<const std::byte> bytes) {
   address.pid = in.get<uint32_t>();
   address.pid_namespace = in.get<uint64_t>();
   address.host = in.text();
-  size_t count = in.get<uint16_t>();
-  if (count == 0 || count > kMaxEndpoints) in.malformed("it names " + std::to_string(count) + " endpoints");
-  for (size_t i = 0; i < count; ++i) {
-    auto name = in.blob();
-    address.endpoints.emplace_back(name.begin(), name.end());
-  }
+  size_t nics = in.get<uint16_t>();
+  if (nics == 0 || nics > kMaxNics) in.malformed("it names " + std::to_string(nics) + " NICs");
+  auto endpoints = [&] {
+    PeerAddress::Endpoints names;
+    size_t count = in.get<uint16_t>();
+    if (count == 0 || count > kMaxEndpoints) in.malformed("it names " + std::to_string(count) + " endpoints");
+    for (size_t i = 0; i < count; ++i) {
+      auto name = in.blob();
+      names.emplace_back(name.begin(), name.end());
+    }
+    return names;
+  };
+  address.endpoints = endpoints();
+  for (size_t i = 1; i < nics; ++i) address.further.push_back(endpoints());
   in.finish();
   return address;
 }
@@ -128,7 +147,7 @@ DescriptorFields decode_descriptor(std::span<const std::byte> bytes) {
   descriptor.length = in.get<uint64_t>();
   if (descriptor.base + descriptor.length < descriptor.base) in.malformed("its range wraps around");
   size_t count = in.get<uint16_t>();
-  if (count == 0 || count > kMaxDomains) in.malformed("it has " + std::to_string(count) + " keys");
+  if (count == 0 || count > kMaxNics) in.malformed("it has " + std::to_string(count) + " keys");
   for (size_t i = 0; i < count; ++i) descriptor.keys.push_back(in.get<uint64_t>());
   in.finish();
   return descriptor;

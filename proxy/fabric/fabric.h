@@ -18,12 +18,18 @@ namespace pplx {
 // Means "no immediate" where a provider has to send one with every write; nobody may use or watch it.
 inline constexpr uint32_t kNoImmediate = 0xFFFF'FFFFU;
 
+// Everything in which providers differ, as far as the engine has to know. A Fabric drives one NIC; the engine
+// has one for each of its NICs and spreads traffic over them.
 struct FabricCaps {
-  size_t max_write = SIZE_MAX;    // longer writes are split by the engine
+  size_t max_write = SIZE_MAX;    // longer writes and reads are split by the engine
   size_t max_message = 0;         // bytes of a message, all headers included
   size_t queue_depth = 0;         // operations that may be outstanding
-  uint32_t rails = 1;             // endpoints that writes may be spread over
+  uint32_t rails = 1;             // endpoints of this NIC that writes may be spread over
   bool delivery_complete = true;  // a completion means that the bytes are visible at the target
+  bool reads = true;              // try_read works
+  // The target must have connected to the initiator, too, before it takes a write or serves a read. The
+  // engine then exchanges messages first, which need no more than connect() on the sender's side.
+  bool mutual = false;
 };
 
 // Registered memory as the fabric sees it.
@@ -37,28 +43,37 @@ struct FabricMemory {
 };
 
 struct FabricOp {
-  enum class Kind : uint8_t { kWrite, kMessage, kReceive };
+  enum class Kind : uint8_t { kWrite, kRead, kMessage, kReceive };
 
   std::array<void*, 8> scratch;  // the provider's while the operation is outstanding (fi_context2)
-  const std::byte* source;
+  const std::byte* source;       // of a read: where the bytes go
   size_t length;
   void* local;
-  uint64_t target;
+  uint64_t target;  // the remote address; valid for operations without bytes as well
   uint64_t key;
   uint32_t peer;
   uint32_t rail;
   uint32_t imm;
   bool has_imm;
   Kind kind;
+  // Set by the fabric before on_complete reports an error, where it is certain that neither bytes nor
+  // immediate of a write have reached the target nor ever will: only then may a write with an immediate be
+  // repeated.
+  bool undelivered;
 };
 
 // Where poll() reports. None of these may call the fabric, but for on_complete, which may post.
 class FabricEvents {
  public:
+  // An error of kind kPeer says that this NIC's path to that peer is broken, any other that the operation was
+  // refused and would be again.
   virtual void on_complete(FabricOp& op, const Error* error) = 0;
   virtual void on_immediate(uint32_t imm) = 0;
   virtual void on_message(std::span<const std::byte> message) = 0;
   virtual void on_error(const Error& error) = 0;  // one that belongs to no operation of ours
+  // The NIC is gone for good. The engine closes the fabric after this poll() and decides about what is still
+  // outstanding.
+  virtual void on_down(const Error& error) = 0;
 
  protected:
   ~FabricEvents() = default;
@@ -71,25 +86,31 @@ class Fabric {
   virtual ~Fabric() = default;
   virtual const FabricCaps& caps() const = 0;
   virtual std::string name() const = 0;
-  virtual const PeerAddress& address() const = 0;
+  virtual const PeerAddress& address() const = 0;  // of this NIC
 
   virtual FabricMemory register_memory(void* data, size_t size) = 0;  // throws kFabric
   virtual void unregister_memory(const FabricMemory& memory) = 0;
-  virtual uint32_t connect(const PeerAddress& peer) = 0;  // a new peer number, counting from 0
+  // A new number, counting from 0, for the NIC of a peer whose endpoints these are. One peer may have
+  // several.
+  virtual uint32_t connect(const PeerAddress& peer) = 0;
 
   // The operation stays with the fabric until on_complete. kFull: try again after poll(). Throws Error when
-  // the operation can never be posted.
+  // the operation can never be posted, in which case nothing of it has left.
   virtual Post try_write(FabricOp& op) = 0;
+  virtual Post try_read(FabricOp& op) = 0;
   virtual Post try_send(FabricOp& op) = 0;
   virtual size_t poll(FabricEvents& events) = 0;
 
-  // False when the peer is known to be gone, for transports that do not report that themselves.
+  // False when the peer's process is known to be gone, for transports that do not report that themselves.
   virtual bool alive(uint32_t /*peer*/) { return true; }
 
-  // Outstanding operations are dropped without an event. Memory is unregistered.
+  // Outstanding operations are dropped without an event, and the NIC touches their memory no more. Memory is
+  // unregistered.
   virtual void close() = 0;
 };
 
+// The fabric of one NIC: EngineConfig.nic and .bind_address. The engine makes one for each of
+// EngineConfig.nics.
 std::unique_ptr<Fabric> make_fabric(const EngineConfig& config);
 
 }  // namespace pplx

@@ -28,7 +28,7 @@ constexpr uint32_t kApiVersion = FI_VERSION(1, 17);
 constexpr size_t kMessageBytes = 16384;
 constexpr size_t kReceives = 64;  // posted receive buffers, replenished as they are consumed
 constexpr size_t kPollBatch = 32;
-constexpr uint64_t kAccess = FI_SEND | FI_RECV | FI_WRITE | FI_REMOTE_WRITE;
+constexpr uint64_t kAccess = FI_SEND | FI_RECV | FI_READ | FI_WRITE | FI_REMOTE_READ | FI_REMOTE_WRITE;
 
 struct InfoDeleter {
   const Libfabric* lib;
@@ -250,6 +250,14 @@ class LibfabricFabric final : public Fabric {
     return posted(fi_writemsg(open_.endpoints[op.rail], &message, flags), "write");
   }
 
+  Post try_read(FabricOp& op) override {
+    const auto& addresses = peers_[op.peer].addresses;
+    auto* into = const_cast<std::byte*>(op.source);
+    return posted(fi_read(open_.endpoints[op.rail], into, op.length, op.local,
+                          addresses[op.rail % addresses.size()], op.target, op.key, &op),
+                  "read");
+  }
+
   Post try_send(FabricOp& op) override {
     fi_addr_t to = peers_[op.peer].addresses[0];
     return posted(fi_send(open_.endpoints[0], op.source, op.length, op.local, to, &op), "send");
@@ -261,7 +269,7 @@ class LibfabricFabric final : public Fabric {
     if (count == -FI_EAGAIN) return 0;
     if (count == -FI_EAVAIL) return report_error(events);
     if (count < 0) {
-      events.on_error(Error(ErrorKind::kFabric, "polling " + provider_ + ": " + error_text(count)));
+      events.on_down(Error(ErrorKind::kFabric, "polling " + provider_ + ": " + error_text(count)));
       return 0;
     }
     for (ssize_t i = 0; i < count; ++i) {

@@ -42,6 +42,8 @@ struct Port {
   std::shared_mutex life;
   std::atomic<bool> closed{false};   // no longer there; operations of its own are gone
   std::atomic<bool> dropped{false};  // sim_drop_peer
+  std::atomic<bool> broken{false};   // sim_break_nic
+  std::atomic<bool> tells{false};    // whether its own engine hears of that
 
   void complete(FabricOp* op, std::optional<Error> error) {
     std::lock_guard lock(mutex);
@@ -50,7 +52,9 @@ struct Port {
   }
 };
 
-std::string text_of(const EngineId& id) { return {reinterpret_cast<const char*>(id.data()), id.size()}; }
+using Name = std::vector<std::byte>;  // of an endpoint, here of a NIC
+
+std::string text_of(const Name& name) { return {reinterpret_cast<const char*>(name.data()), name.size()}; }
 
 class Network {
  public:
@@ -59,18 +63,18 @@ class Network {
     return *network;
   }
   // Returns how many engines are there already, so that what the seed decides does not depend on history.
-  uint64_t add(const std::string& network, const EngineId& id, std::shared_ptr<Port> port) {
+  uint64_t add(const std::string& network, const Name& id, std::shared_ptr<Port> port) {
     std::lock_guard lock(mutex_);
     auto present = std::count_if(ports_.begin(), ports_.end(),
                                  [&](const auto& entry) { return entry.first.first == network; });
     ports_[{network, text_of(id)}] = std::move(port);
     return static_cast<uint64_t>(present);
   }
-  void remove(const std::string& network, const EngineId& id) {
+  void remove(const std::string& network, const Name& id) {
     std::lock_guard lock(mutex_);
     ports_.erase({network, text_of(id)});
   }
-  std::shared_ptr<Port> find(const std::string& network, const EngineId& id) {
+  std::shared_ptr<Port> find(const std::string& network, const Name& id) {
     std::lock_guard lock(mutex_);
     auto found = ports_.find({network, text_of(id)});
     return found == ports_.end() ? nullptr : found->second;
@@ -85,6 +89,7 @@ class Network {
 struct Pending {
   Arrival arrival;
   uint32_t pieces_left;
+  bool cut = false;  // a piece of it was lost
 };
 
 struct Piece {
@@ -105,8 +110,9 @@ class SimFabric final : public Fabric {
     caps_.max_message = kMessageBytes;
     caps_.queue_depth = SIZE_MAX;  // ours, so that try_write is what pushes back
     caps_.rails = static_cast<uint32_t>(config.endpoints);
-    address_.endpoints.emplace_back();
-    uint64_t index = Network::get().add(config_.network, address_.engine, port_);
+    caps_.mutual = config_.mutual;
+    address_.endpoints.emplace_back(address_.engine.begin(), address_.engine.end());
+    uint64_t index = Network::get().add(config_.network, address_.endpoints[0], port_);
     rng_.seed((config_.seed + 1) * 0x9E3779B97F4A7C15ULL + index);
     // Ranges of keys that other engines do not use, so that a write to the wrong one is refused.
     next_key_ = (rng_() & 0xFFFF'FFFFU) << 20;
@@ -133,7 +139,7 @@ class SimFabric final : public Fabric {
       throw Error(ErrorKind::kInvalidArgument, "the peer " + peer.label() + " uses " + peer.fabric + ":" +
                                                    peer.provider + ", this engine sim:" + config_.network);
     }
-    auto port = Network::get().find(config_.network, peer.engine);
+    auto port = Network::get().find(config_.network, peer.endpoints[0]);
     if (!port) {
       throw Error(ErrorKind::kPeer, "no engine " + peer.label() + " is alive in this process on network '" +
                                         config_.network + "'");
@@ -143,9 +149,16 @@ class SimFabric final : public Fabric {
   }
 
   Post try_write(FabricOp& op) override { return post(op); }
+  Post try_read(FabricOp& op) override { return post(op); }
   Post try_send(FabricOp& op) override { return post(op); }
 
   size_t poll(FabricEvents& events) override {
+    if (port_->broken.load(std::memory_order_relaxed)) [[unlikely]] {
+      accept_arrivals();
+      refuse_all("sim: the peer's NIC is broken");
+      if (port_->tells.exchange(false)) events.on_down(Error(ErrorKind::kFabric, "sim: the NIC is broken"));
+      return report_completions(events);
+    }
     if (port_->dropped.load(std::memory_order_relaxed)) {
       accept_arrivals();
       refuse_all("sim: the peer is dead");
@@ -160,7 +173,7 @@ class SimFabric final : public Fabric {
 
   void close() override {
     if (port_->closed.load()) return;
-    Network::get().remove(config_.network, address_.engine);
+    Network::get().remove(config_.network, address_.endpoints[0]);
     {
       // Whoever copies out of our memory finishes first; nobody starts later.
       std::unique_lock life(port_->life);
@@ -185,8 +198,13 @@ class SimFabric final : public Fabric {
       ++outstanding_;
       return Post::kPosted;  // and never heard of again
     }
+    op.undelivered = false;
+    if (port_->broken.load(std::memory_order_relaxed)) {
+      throw Error(ErrorKind::kPeer, "sim: the NIC is broken");
+    }
     Port& to = *peers_[op.peer];
     std::lock_guard lock(to.mutex);
+    if (to.broken.load()) throw Error(ErrorKind::kPeer, "sim: the peer's NIC is broken");
     if (to.closed.load() || to.dropped.load()) {
       throw Error(ErrorKind::kPeer,
                   to.dropped.load() ? "sim: the peer is dead" : "sim: the peer closed its engine");
@@ -203,6 +221,9 @@ class SimFabric final : public Fabric {
       for (auto& completion : port_->done) {
         // Much later than delivery now and then, so that whoever reuses a source buffer early is caught.
         if (disorder_) completion.delay = delay() * (roll(8) ? 16 : 1);
+        if (port_->broken.load(std::memory_order_relaxed) && !completion.error && roll(2)) {
+          completion.error = Error(ErrorKind::kPeer, "sim: the NIC broke before the acknowledgement came");
+        }
         completions_.push_back(std::move(completion));
       }
       port_->done.clear();
@@ -236,7 +257,7 @@ class SimFabric final : public Fabric {
     for (auto& arrival : arrivals) {
       size_t length = arrival.length;
       size_t pieces = 1;
-      if (disorder_ && arrival.kind == FabricOp::Kind::kWrite) {
+      if (disorder_ && arrival.kind != FabricOp::Kind::kMessage) {
         pieces =
             std::clamp<size_t>(1 + rng_() % std::max(1U, config_.max_pieces), 1, std::max<size_t>(1, length));
       }
@@ -291,6 +312,15 @@ class SimFabric final : public Fabric {
     if (from.closed.load() || from.dropped.load()) return;
     FabricOp& op = *write.arrival.op;
     bool last = --write.pieces_left == 0;
+    if (from.broken.load()) {
+      // What has begun to land lands no further, and the source cannot know how far it came.
+      write.cut = true;
+      if (last) {
+        op.undelivered = false;
+        from.complete(&op, Error(ErrorKind::kPeer, "sim: the NIC is broken"));
+      }
+      return;
+    }
     if (op.kind == FabricOp::Kind::kMessage) {
       events.on_message({op.source, op.length});
       from.complete(&op, std::nullopt);
@@ -298,19 +328,32 @@ class SimFabric final : public Fabric {
     }
     // Keys are never reused, so a late write to memory that is gone finds nothing.
     auto memory = memory_.find(op.key);
-    bool allowed = memory != memory_.end() && op.target >= memory->second.base &&
+    bool known =
+        !config_.mutual || std::find(peers_.begin(), peers_.end(), write.arrival.from) != peers_.end();
+    bool allowed = known && memory != memory_.end() && op.target >= memory->second.base &&
                    op.target - memory->second.base <= memory->second.size &&
                    op.length <= memory->second.size - (op.target - memory->second.base);
     if (allowed && piece.length > 0) {
-      std::memcpy(memory->second.data + (op.target - memory->second.base) + piece.offset,
-                  op.source + piece.offset, piece.length);
+      std::byte* here = memory->second.data + (op.target - memory->second.base) + piece.offset;
+      if (op.kind == FabricOp::Kind::kRead) {
+        std::memcpy(const_cast<std::byte*>(op.source) + piece.offset, here, piece.length);
+      } else {
+        std::memcpy(here, op.source + piece.offset, piece.length);
+      }
     }
     if (!last) return;
     if (!allowed) {
-      from.complete(&op, Error(ErrorKind::kFabric, "sim: the target refused the write: no such memory"));
+      from.complete(&op,
+                    Error(ErrorKind::kFabric, !known ? "sim: the target does not know who writes to it"
+                                                     : "sim: the target refused access: no such memory"));
+      return;
+    }
+    if (write.cut) {
+      from.complete(&op, Error(ErrorKind::kPeer, "sim: the NIC was broken on the way"));
       return;
     }
     if (op.has_imm) events.on_immediate(op.imm);
+    // The acknowledgement may be lost with the NIC: then the immediate was counted and the source can't know.
     from.complete(&op, std::nullopt);
   }
 
@@ -344,20 +387,42 @@ class SimFabric final : public Fabric {
 
 std::unique_ptr<Fabric> make_sim(const EngineConfig& config) { return std::make_unique<SimFabric>(config); }
 
+namespace {
+
+std::shared_ptr<Port> port_of(const std::string& network, const PeerAddress& nic, const char* who) {
+  auto port = Network::get().find(network, nic.endpoints[0]);
+  if (!port) {
+    throw Error(ErrorKind::kInvalidArgument, std::string(who) + ": no such engine on '" + network + "'");
+  }
+  return port;
+}
+
+}  // namespace
+
 void sim_drop_peer(const std::string& network, const Address& address) {
-  auto port = Network::get().find(network, decode_address(address.bytes()).engine);
-  if (!port) throw Error(ErrorKind::kInvalidArgument, "sim_drop_peer: no such engine on '" + network + "'");
-  std::vector<Arrival> lost;
-  {
-    std::lock_guard lock(port->mutex);
-    port->dropped = true;
-    lost.swap(port->inbox);
+  PeerAddress parsed = decode_address(address.bytes());
+  for (size_t nic = 0; nic < parsed.nics(); ++nic) {
+    auto port = port_of(network, parsed.nic(nic), "sim_drop_peer");
+    std::vector<Arrival> lost;
+    {
+      std::lock_guard lock(port->mutex);
+      port->dropped = true;
+      lost.swap(port->inbox);
+    }
+    for (auto& arrival : lost) {
+      std::shared_lock life(arrival.from->life);
+      if (!arrival.from->closed.load())
+        arrival.from->complete(arrival.op, Error(ErrorKind::kPeer, "sim: the peer is dead"));
+    }
   }
-  for (auto& arrival : lost) {
-    std::shared_lock life(arrival.from->life);
-    if (!arrival.from->closed.load())
-      arrival.from->complete(arrival.op, Error(ErrorKind::kPeer, "sim: the peer is dead"));
-  }
+}
+
+void sim_break_nic(const std::string& network, const Address& address, size_t nic, bool tells) {
+  PeerAddress parsed = decode_address(address.bytes());
+  auto port = port_of(network, parsed.nic(nic), "sim_break_nic");
+  std::lock_guard lock(port->mutex);
+  port->tells = tells;
+  port->broken = true;
 }
 
 }  // namespace pplx

@@ -14,4 +14,9 @@ std::unique_ptr<Fabric> make_sim(const EngineConfig& config);
 // to it fail with kPeer.
 void sim_drop_peer(const std::string& network, const Address& address);
 
+// For tests: a NIC of the engine with this address breaks. Nothing goes in or out any more, what is under way
+// is cut off where it is, and acknowledgements of what has landed may be lost. `tells`: its engine hears of
+// it at once; otherwise it learns from operations that fail.
+void sim_break_nic(const std::string& network, const Address& address, size_t nic, bool tells);
+
 }  // namespace pplx
