@@ -49,7 +49,10 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
         ),
     ),
     ("Errors", "errors", None),
-    ("Multi-process tests", "testing", None),
+    ("Multi-process tests", "testing.pool", None),
+    ("Multi-host tests", "testing.hosts", None),
+    ("Their hosts", "testing.network", None),
+    ("Fixtures", "testing.shared", None),
 )
 
 Documented = ast.ClassDef | ast.FunctionDef
@@ -152,7 +155,7 @@ def render() -> str:
     exported = public_names_of_package()
     shown: set[str] = set()
     for title, module, wanted in SECTIONS:
-        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
         names = wanted or public_names(tree)
         nodes = {node.name: node for node in tree.body if isinstance(node, Documented)}
         parts.append(f"## {title}: `pplx_jax.{module}`\n")

@@ -57,7 +57,11 @@ def test_an_install_is_one_package():
     }
     assert "pplx_jax/py.typed" in files
     assert "pplx_jax/_core.pyi" in files
-    for path in [*ROOT.glob("models/**/*.py"), *ROOT.glob("pplx_jax/*.py")]:
+    for path in [
+        *ROOT.glob("models/**/*.py"),
+        *ROOT.glob("pplx_jax/*.py"),
+        *ROOT.glob("pplx_jax/testing/*.py"),
+    ]:
         relative = path.relative_to(ROOT)
         installed = relative if relative.parts[0] == "pplx_jax" else Path("pplx_jax") / relative
         assert str(installed) in files

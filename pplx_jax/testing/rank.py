@@ -109,12 +109,15 @@ class Setup:
     coordinator: str | None
     start_timeout: float
     devices_per_process: int = 1
+    detect: bool = False  # jax.distributed finds coordinator and rank in the environment
 
 
 def _watch_lifeline(descriptor: int) -> None:
     """End this process when the one that started it is gone: its end of the pipe closes."""
     with contextlib.suppress(OSError):
         os.read(descriptor, 1)
+    if os.getpgrp() == os.getpid():  # and whatever it started
+        os.killpg(0, signal.SIGKILL)
     os._exit(70)
 
 
@@ -160,10 +163,18 @@ def coordinator_main() -> None:
 
 
 def _start(setup: Setup) -> None:
-    if setup.coordinator is None:
+    if setup.coordinator is None and not setup.detect:
         return
     import jax
 
+    if setup.detect:
+        jax.distributed.initialize(initialization_timeout=max(1, int(setup.start_timeout)))
+        if (jax.process_index(), jax.process_count()) != (setup.rank, setup.num_processes):
+            raise RuntimeError(
+                f"jax.distributed took this for process {jax.process_index()} of {jax.process_count()}, "
+                f"it is {setup.rank} of {setup.num_processes}"
+            )
+        return
     from pplx_jax import compat
 
     compat.use_external_coordination_service()
@@ -193,7 +204,7 @@ def rank_main() -> None:
     setup: Setup = pickle.loads(connection.recv_bytes())
     reply = _reply(lambda: _start(setup))
     connection.send(reply)
-    while reply[0] == "ok" or setup.coordinator is None:
+    while reply[0] == "ok":
         try:
             request = connection.recv_bytes()
         except (EOFError, OSError):

@@ -1,28 +1,4 @@
-"""Run test functions in several processes that form one JAX program.
-
-A multi-controller JAX program needs one fresh Python process a rank, all connected by
-:func:`jax.distributed.initialize`. :func:`run_processes` starts them, calls a function in each, and returns
-what each rank returned::
-
-    def step(scale):                       # in test_step.py, at module level
-        import jax
-        return jax.process_index() * scale
-
-    def test_step():
-        assert run_processes(step, 4, args=(10,)) == [0, 10, 20, 30]
-
-Starting Python and JAX costs seconds, so :class:`ProcessPool` keeps the ranks alive and runs many functions
-one after another. The pytest fixture :func:`processes` shares such pools between tests; load it in a
-``conftest.py`` with ``pytest_plugins = ["pplx_jax.testing"]`` (this module imports neither JAX nor pytest's
-internals until they are needed, but ``import pplx_jax`` may import JAX: set ``XLA_FLAGS`` and
-``JAX_PLATFORMS`` before).
-
-Nothing here can hang: a call that does not return within its timeout makes every rank print the stacks of
-its threads, kills the ranks and raises :class:`ProcessFailure`. So does a rank that raises or dies, with
-its traceback and the end of its output, unless the caller asked for that (``allow_failures``,
-``expect_death``). The processes run on CPU with gloo collectives unless ``env`` says otherwise
-(``JAX_PLATFORMS=cuda``: each on GPUs of its own), and end with the process that started them.
-"""
+"""Processes that form one JAX program, from the side of the one that starts them."""
 
 from __future__ import annotations
 
@@ -42,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
-from pplx_jax.testing_rank import Setup, Target
+from pplx_jax.testing.network import mark
+from pplx_jax.testing.rank import Setup, Target
 
-__all__ = ["Outcome", "ProcessFailure", "ProcessPool", "Processes", "run_processes"]
+__all__ = ["Outcome", "ProcessFailure", "ProcessPool", "run_processes"]
 
 Status = Literal["ok", "raised", "died", "timeout", "stopped"]
 
@@ -270,15 +247,13 @@ class ProcessPool:
             return
         self._stop(graceful=False)
         with contextlib.ExitStack() as reservation:
-            coordinator = reservation.enter_context(_reserve_port()) if self._distributed else None
+            coordinator = reservation.enter_context(self._reserve_address()) if self._distributed else None
             try:
                 if coordinator is not None:
                     self._coordinator = self._spawn_coordinator(coordinator)
                 for index in range(self.num_processes):
                     self._ranks.append(self._spawn(index))
-                    setup = Setup(
-                        index, self.num_processes, coordinator, self._start_timeout, self.devices_per_process
-                    )
+                    setup = self._setup(index, coordinator)
                     self._ranks[-1].connection.send_bytes(pickle.dumps(setup))
                 outcomes = self._collect(self._start_timeout, patient=False)
             except BaseException:
@@ -286,13 +261,27 @@ class ProcessPool:
                 raise
         _values(outcomes, {}, f"starting {self.num_processes} processes", self._start_timeout)
 
-    def _environment(self) -> dict[str, str]:
+    # -- what a HostPool does otherwise
+
+    def _popen(self, index: int | None, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        """Start a rank, or the coordination service (None)."""
+        return subprocess.Popen(command, **options)
+
+    def _reserve_address(self) -> contextlib.AbstractContextManager[str | None]:
+        """Where the coordination service is to listen; None where the ranks have their own."""
+        return _reserve_port()
+
+    def _setup(self, index: int, coordinator: str | None) -> Setup:
+        return Setup(index, self.num_processes, coordinator, self._start_timeout, self.devices_per_process)
+
+    def _environment(self, index: int | None = None) -> dict[str, str]:
         env = dict(os.environ)
         env["JAX_PLATFORMS"] = "cpu"
         env["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
         env["XLA_FLAGS"] = _xla_flags(env.get("XLA_FLAGS", ""), self.devices_per_process)
         env["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         env["PYTHONUNBUFFERED"] = "1"
+        env.update(mark())
         for name, value in self._env.items():
             if value is None:
                 env.pop(name, None)
@@ -303,11 +292,12 @@ class ProcessPool:
     def _spawn_coordinator(self, address: str) -> tuple[subprocess.Popen[bytes], int]:
         alive, lifeline = os.pipe()
         try:
-            process = subprocess.Popen(
+            process = self._popen(
+                None,
                 [
                     sys.executable,
                     "-c",
-                    "from pplx_jax.testing_rank import coordinator_main; coordinator_main()",
+                    "from pplx_jax.testing.rank import coordinator_main; coordinator_main()",
                     address,
                     str(self.num_processes),
                     str(alive),
@@ -327,16 +317,17 @@ class ProcessPool:
         return process, lifeline
 
     def _spawn(self, index: int) -> _Rank:
-        env = self._environment()
+        env = self._environment(index)
         ours, theirs = socket.socketpair()
         alive, lifeline = os.pipe()
         files = (tempfile.TemporaryFile(), tempfile.TemporaryFile())  # noqa: SIM115 - closed by release
         try:
-            process = subprocess.Popen(
+            process = self._popen(
+                index,
                 [
                     sys.executable,
                     "-c",
-                    "from pplx_jax.testing_rank import rank_main; rank_main()",
+                    "from pplx_jax.testing.rank import rank_main; rank_main()",
                     str(theirs.fileno()),
                     str(alive),
                 ],
@@ -510,62 +501,3 @@ def run_processes(
         start_timeout=timeout,
     ) as pool:
         return pool.run(fn_or_script, *args, allow_failures=allow_failures, expect_death=expect_death)
-
-
-class Processes:
-    """What the :func:`processes` fixture gives: pools by shape, shared by the tests of a session.
-
-    At most ``keep`` pools stay alive, the least recently used one is ended first.
-    """
-
-    def __init__(self, keep: int = 2) -> None:
-        self._keep = keep
-        self._pools: dict[tuple[int, int, tuple[tuple[str, str | None], ...]], ProcessPool] = {}
-
-    def pool(
-        self,
-        num_processes: int,
-        *,
-        devices_per_process: int = 1,
-        env: Mapping[str, str | None] | None = None,
-    ) -> ProcessPool:
-        """Return the running pool of this shape and environment, or a new one."""
-        key = (num_processes, devices_per_process, tuple(sorted((env or {}).items())))
-        pool = self._pools.pop(key, None)
-        if pool is None:
-            while len(self._pools) >= self._keep:
-                self._pools.pop(next(iter(self._pools))).close()
-            pool = ProcessPool(num_processes, devices_per_process=devices_per_process, env=env)
-        self._pools[key] = pool
-        return pool
-
-    def run(
-        self,
-        fn: Callable[..., Any] | str | os.PathLike[str],
-        num_processes: int,
-        *args: Any,
-        devices_per_process: int = 1,
-        env: Mapping[str, str | None] | None = None,
-        **kwargs: Any,
-    ) -> list[Any]:
-        """Call ``fn(*args)`` on the ranks of the pool; ``kwargs`` are those of :meth:`ProcessPool.run`."""
-        pool = self.pool(num_processes, devices_per_process=devices_per_process, env=env)
-        return pool.run(fn, *args, **kwargs)
-
-    def close(self) -> None:
-        """End all pools."""
-        while self._pools:
-            self._pools.popitem()[1].close()
-
-
-if "pytest" in sys.modules:  # loaded as a pytest plugin; ranks and other users need no pytest
-    import pytest
-
-    @pytest.fixture(scope="session")
-    def processes() -> Iterator[Processes]:
-        """Pools of processes that form one JAX program: a :class:`Processes`."""
-        shared = Processes()
-        try:
-            yield shared
-        finally:
-            shared.close()
