@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pplx_jax import _core, environment, gpu, plugins
+from pplx_jax.doctor_devices import examine_gpudirect, examine_topology, ranges, show_topology
 from pplx_jax.engine import TransferEngine
 from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import PplxError
@@ -62,6 +63,12 @@ def examine() -> dict[str, Any]:
         "gpus": _gpus(),
     }
     report["cuda"] = _cuda(report["gpus"], problems)
+
+    def found(severity: Literal["error", "warning"], what: str, fix: str) -> None:
+        problems.append(Problem(severity, what, fix))
+
+    report["gpudirect"] = examine_gpudirect(report, found)
+    report["topology"] = examine_topology(found, devices=bool(report["gpus"] or report["rdma_devices"]))
     report["limits"] = _limits(report, problems)
     problems.sort(key=lambda problem: problem.severity)
     report["problems"] = [dataclasses.asdict(problem) for problem in problems]
@@ -289,7 +296,7 @@ def _cpu(problems: list[Problem]) -> dict[str, Any]:
     return {
         "cores": len(cores),
         "online": os.cpu_count(),
-        "affinity": _ranges(cores),
+        "affinity": ranges(cores),
         "quota": quota,
         "numa_nodes": {node.name: _text(node / "cpulist") for node in nodes},
     }
@@ -415,17 +422,6 @@ def _link(path: Path) -> str:
     return path.resolve().name if path.exists() else ""
 
 
-def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2,5``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in parts)
-
-
 # ---- showing -----------------------------------------------------------------------------------------------
 
 
@@ -476,11 +472,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(f"GPUs: {escape(gpus) or 'none'}.")
     cuda = report["cuda"]
     reach = "; ".join(
-        f"{device} reaches {_ranges(peers) or 'none'}" for device, peers in cuda.get("peers", {}).items()
+        f"{device} reaches {ranges(peers) or 'none'}" for device, peers in cuda.get("peers", {}).items()
     )
     console.print(
         f"CUDA kernels: {cuda['extension'] or 'none'}." + (f" Peer access: {reach}." if reach else "")
     )
+    show_topology(report, console)
     for name, value in report["environment"].items():
         console.print(escape(f"{name}={value}"))
 

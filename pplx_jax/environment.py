@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable
 
 from pplx_jax.fabric import Fabric
@@ -52,6 +53,23 @@ VARIABLES = (
         "`/opt/amazon/efa`, the system's, then one of a Python wheel",
     ),
     Variable(
+        "PPLX_CORES",
+        "Cores that engines' worker threads are pinned to, numbers and ranges, as `8-15,40`: each takes one "
+        "that no other has, where the process may use eight or more",
+        "the cores nearest to the GPU or NIC, where hwloc knows them",
+    ),
+    Variable(
+        "PPLX_TOPOLOGY",
+        "An hwloc XML file (`lstopo FILE.xml`) that says what this machine is like, for containers that "
+        "hide it",
+        "what hwloc finds",
+    ),
+    Variable(
+        "PPLX_HWLOC",
+        "The hwloc to load, a path or a name for the dynamic loader; no other is tried",
+        "the system's `libhwloc.so.15`; without one, nearness is unknown",
+    ),
+    Variable(
         "PPLX_TIMEOUT",
         "Seconds: the default of `timeout=` of `ExpertParallel` and `TransferEngine`",
         "30",
@@ -67,6 +85,13 @@ VARIABLES = (
 def _get(name: str) -> str | None:
     """The value, None where it is unset or empty."""
     return os.environ.get(name, "").strip() or None
+
+
+def _file(name: str, what: str) -> str | None:
+    path = _get(name)
+    if path is not None and "/" in path and not os.path.isfile(path):  # noqa: PTH113 - as given
+        raise ValueError(f"{name}: there is no file {path!r}; give the path of {what}")
+    return path
 
 
 def fabric() -> Fabric | None:
@@ -105,10 +130,30 @@ def log_level() -> str:
 
 def libfabric() -> str | None:
     """PPLX_LIBFABRIC; the C++ side reads the same variable, and says why a library cannot be loaded."""
-    path = _get("PPLX_LIBFABRIC")
-    if path is not None and "/" in path and not os.path.isfile(path):  # noqa: PTH113 - as given
-        raise ValueError(f"PPLX_LIBFABRIC: there is no file {path!r}; give the path of libfabric.so.1")
-    return path
+    return _file("PPLX_LIBFABRIC", "libfabric.so.1")
+
+
+def cores() -> tuple[int, ...]:
+    """PPLX_CORES; the C++ side reads the same variable."""
+    text = _get("PPLX_CORES")
+    found: list[int] = []
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not low <= high < 1024:
+            raise ValueError(f"PPLX_CORES: must be numbers and ranges of cores such as 8-15,40, is {text!r}")
+        found += range(low, high + 1)
+    return tuple(found)
+
+
+def topology() -> str | None:
+    """PPLX_TOPOLOGY; the C++ side reads the same variable, and says why a file is no topology."""
+    return _file("PPLX_TOPOLOGY", "an hwloc XML file, as lstopo writes it")
+
+
+def hwloc() -> str | None:
+    """PPLX_HWLOC; the C++ side reads the same variable, and says why a library cannot be loaded."""
+    return _file("PPLX_HWLOC", "libhwloc.so.15")
 
 
 def nics() -> tuple[str, ...]:
@@ -144,7 +189,17 @@ def socket_address() -> str | None:
 
 
 #: One for each variable, in the order of ``VARIABLES``.
-PARSERS: tuple[Callable[[], object], ...] = (fabric, socket_address, nics, libfabric, timeout, log_level)
+PARSERS: tuple[Callable[[], object], ...] = (
+    fabric,
+    socket_address,
+    nics,
+    libfabric,
+    cores,
+    topology,
+    hwloc,
+    timeout,
+    log_level,
+)
 
 
 def check() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pplx_jax import doctor
+from pplx_jax import doctor, doctor_devices, topology
+from pplx_jax.errors import PplxError
 
 pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,9 +139,9 @@ def test_gpus(monkeypatch):
     assert doctor._gpus(broken) == []
 
 
-def test_ranges():
-    assert doctor._ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    assert doctor._ranges([]) == ""
+def testranges():
+    assert doctor.ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert doctor.ranges([]) == ""
 
 
 def test_show_escapes_markup():
@@ -152,3 +153,108 @@ def test_show_escapes_markup():
     assert "a [red] thing" in stream.getvalue()
     assert "pplx-jax[demo]" in stream.getvalue()
     assert doctor.exit_code(report) == 1
+
+
+# ---- devices that are not here -----------------------------------------------------------------------------
+
+TOPOLOGIES = ROOT / "tests" / "topology"
+
+
+def test_the_test_machines_are_what_their_generator_writes():
+    done = subprocess.run([sys.executable, str(TOPOLOGIES / "generate.py"), "--check"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("machine", "gpus", "nics", "each"),
+    [("p5.48xlarge", 8, 32, 4), ("dgx-h100", 8, 12, 1), ("pairs", 4, 8, 1)],
+)
+def test_topology_of_a_machine(machine, gpus, nics, each):
+    seen = topology.discover(str(TOPOLOGIES / f"{machine}.xml"))
+    assert (len(seen.gpus), len(seen.nics)) == (gpus, nics)
+    used = [nic for placement in seen.placements for nic in placement.nics]
+    assert len(used) == len(set(used)) == gpus * each
+    for index, (gpu, placement) in enumerate(zip(seen.gpus, seen.placements, strict=True)):
+        assert placement.distance == "PIX"
+        assert not placement.shared
+        assert set(placement.cores) <= set(gpu.cpus)
+        assert {seen.nics[nic].numa_node for nic in placement.nics} == {gpu.numa_node}
+        assert all(seen.distances[index][nic] == "PIX" for nic in placement.nics)
+    cores = [core for placement in seen.placements for core in placement.cores]
+    assert len(cores) == len(set(cores)) == seen.num_cores
+    assert seen.gpu("0000" + seen.gpus[1].pci.upper()) == 1
+    assert seen.gpu(seen.gpus[1].pci.removeprefix("0000:")) == 1
+    assert seen.gpu("ff:00.0") is None
+
+
+def test_topology_is_shown():
+    done = run(PPLX_TOPOLOGY=str(TOPOLOGIES / "dgx-h100.xml"), COLUMNS="200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mlx5_10" in done.stdout
+    assert "NICs that no GPU uses: mlx5_1, mlx5_2, mlx5_7, mlx5_8." in done.stdout
+    assert "GPUDirect RDMA: dma-buf" in done.stdout
+
+
+def test_far_and_shared_nics():
+    found = []
+    report = run("--json", PPLX_TOPOLOGY=str(TOPOLOGIES / "flat.xml"))
+    seen = json.loads(report.stdout)["topology"]
+    assert [placement["shared"] for placement in seen["placements"]] == [True] * 4
+    assert [placement["distance"] for placement in seen["placements"]] == ["PHB"] * 4
+    assert found == []
+
+
+def test_without_hwloc(monkeypatch):
+    done = run("--json", PPLX_HWLOC="libnosuch.so.15")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert "hwloc was not found" in report["topology"]["error"]
+    assert report["fabrics"]["tcp"]["works"]
+
+    def absent():
+        raise PplxError("hwloc was not found\nTried: ...")
+
+    monkeypatch.setattr(doctor_devices.topology, "discover", absent)
+    for devices in (False, True):
+        problems = []
+        doctor_devices.examine_topology(lambda *problem: problems.append(problem), devices=devices)  # noqa: B023
+        assert len(problems) == devices
+    assert "libhwloc15" in problems[0][2]
+
+
+def test_a_topology_file_that_is_none():
+    done = run("--json", PPLX_TOPOLOGY="/proc/self/status")
+    assert "/proc/self/status" in json.loads(done.stdout)["topology"]["error"]
+
+
+def test_gpudirect(tmp_path, monkeypatch):
+    report = {"gpus": [{"pci": "1"}], "rdma_devices": [{"name": "mlx5_0"}]}
+    problems = []
+
+    def found(*problem):
+        problems.append(problem)
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(doctor_devices.topology, "cuda_attributes", list)
+    direct = doctor_devices.examine_gpudirect(report, found, tmp_path, missing)
+    assert direct["peermem"] is None
+    assert direct["dma_buf"] is None
+    assert [severity for severity, _, _ in problems] == ["warning"] * 2
+    assert "modprobe nvidia_peermem" in problems[0][2]
+
+    problems.clear()
+    (tmp_path / "sys/module/nvidia_peermem").mkdir(parents=True)
+    (tmp_path / "sys/module/gdrdrv").mkdir()
+    (tmp_path / "sys/module/gdrdrv/version").write_text("2.4\n")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/gdrdrv").touch()
+    direct = doctor_devices.examine_gpudirect(report, found, tmp_path, lambda name: None)
+    assert direct["peermem"] == "nvidia_peermem"
+    assert direct["gdrcopy"] == {"device": True, "module": "2.4", "library": True}
+    assert not problems
+
+    monkeypatch.setattr(doctor_devices.topology, "cuda_attributes", lambda: [{"dma_buf": 1}])
+    assert doctor_devices.examine_gpudirect(report, found, tmp_path / "empty", lambda name: None)["dma_buf"]
+    assert [what for _, what, _ in problems if "GPU memory" in what] == []

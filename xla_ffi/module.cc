@@ -23,7 +23,8 @@ namespace nb = nanobind;
 
 namespace pplx {
 
-void bind_engine(nb::module_& m);  // engine_bindings.cc
+void bind_engine(nb::module_& m);    // engine_bindings.cc
+void bind_topology(nb::module_& m);  // topology_bindings.cc
 
 namespace {
 
@@ -175,6 +176,7 @@ NB_MODULE(_core, m) {
   // The connector below lives as long as the process, on purpose.
   nb::set_leak_warnings(false);
   bind_engine(m);
+  bind_topology(m);
   bind_shape(m);
   bind_group(m);
   m.def("registrations", [] {

@@ -6,11 +6,18 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
-#include <string>
+#include <iterator>
+#include <sstream>
 #include <utility>
-#include <vector>
+
+#include "proxy/error.h"
+#include "proxy/log.h"
+#include "proxy/topology/placement.h"
+#include "proxy/topology/topology.h"
 
 namespace pplx {
 namespace {
@@ -33,9 +40,39 @@ int lock_socket(int core) {
   return -1;
 }
 
+// "8-15,40"
+std::vector<int> parse_cores(const std::string& text) {
+  std::vector<int> cores;
+  std::istringstream in(text);
+  for (std::string part; std::getline(in, part, ',');) {
+    int low = 0, high = 0;
+    char dash = 0, more = 0;
+    std::istringstream range(part);
+    const bool one = static_cast<bool>(range >> low);
+    high = low;
+    const bool two = one && range >> dash && dash == '-' && range >> high;
+    if (!one || (dash != 0 && !two) || range >> more || low < 0 || high < low || high >= CPU_SETSIZE) {
+      throw Error(ErrorKind::kInvalidArgument,
+                  "PPLX_CORES: must be numbers and ranges of cores such as 8-15,40, is '" + text + "'");
+    }
+    for (int core = low; core <= high; ++core) cores.push_back(core);
+  }
+  return cores;
+}
+
+std::optional<Topology> this_machine() {
+  try {
+    const char* file = std::getenv("PPLX_TOPOLOGY");
+    return discover_topology(file == nullptr ? "" : file);
+  } catch (const Error& error) {
+    log(LogLevel::kInfo, error.what());
+    return std::nullopt;
+  }
+}
+
 }  // namespace
 
-std::optional<CoreClaim> CoreClaim::take() {
+std::optional<CoreClaim> CoreClaim::take(std::span<const int> near) {
   cpu_set_t set;
   if (::sched_getaffinity(::getpid(), sizeof set, &set) != 0) return std::nullopt;
   std::vector<int> cores;
@@ -43,6 +80,11 @@ std::optional<CoreClaim> CoreClaim::take() {
     if (CPU_ISSET(core, &set)) cores.push_back(core);
   }
   if (cores.size() < kFewestCores) return std::nullopt;
+  std::vector<int> nearest;
+  std::copy_if(cores.begin(), cores.end(), std::back_inserter(nearest),
+               [&](int core) { return std::find(near.begin(), near.end(), core) != near.end(); });
+  nearest.resize((nearest.size() + kShare - 1) / kShare);
+  if (auto claim = take_one_of(nearest)) return claim;
   return take_one_of(std::span(cores).first(cores.size() / kShare));
 }
 
@@ -64,6 +106,15 @@ CoreClaim& CoreClaim::operator=(CoreClaim&& other) noexcept {
 
 CoreClaim::~CoreClaim() {
   if (socket_ >= 0) ::close(socket_);
+}
+
+std::vector<int> cores_for(const std::string& device) {
+  if (const char* chosen = std::getenv("PPLX_CORES"); chosen != nullptr && *chosen != '\0') {
+    return parse_cores(chosen);
+  }
+  if (device.empty()) return {};
+  static const std::optional<Topology> topology = this_machine();
+  return topology ? cores_near(*topology, device) : std::vector<int>{};
 }
 
 bool pin_to_core(int core) noexcept {

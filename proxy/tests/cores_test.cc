@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include <array>
+#include <cstdlib>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -40,6 +42,36 @@ TEST(CoreClaim, IsTakenOnlyWhereThereAreCoresForIt) {
     EXPECT_TRUE(CPU_ISSET(claims.back()->core(), &set));
   }
   EXPECT_LE(claims.size() - 1, count < 8 ? 0 : count / 4);
+}
+
+TEST(CoresFor, AreThoseNearTheDevice) {
+  ::setenv("PPLX_TOPOLOGY", (std::string(PPLX_TEST_TOPOLOGIES) + "/dgx-h100.xml").c_str(), 1);
+  const auto near = cores_for("mlx5_9");
+  ::unsetenv("PPLX_TOPOLOGY");
+  EXPECT_EQ(near.size(), 56U);
+  EXPECT_TRUE(cores_for("no such device").empty());
+  EXPECT_TRUE(cores_for("").empty());
+}
+
+TEST(CoresFor, CanBeOverridden) {
+  ::setenv("PPLX_CORES", "2-4,7", 1);
+  EXPECT_EQ(cores_for(""), (std::vector<int>{2, 3, 4, 7}));
+  for (const char* wrong : {"a", "3-", "5-3", "-1", "1-2-3", "1 2", "99999"}) {
+    ::setenv("PPLX_CORES", wrong, 1);
+    EXPECT_THROW(cores_for(""), Error) << wrong;
+  }
+  ::unsetenv("PPLX_CORES");
+}
+
+TEST(CoreClaim, NearCoresComeFirst) {
+  cpu_set_t set;
+  ASSERT_EQ(::sched_getaffinity(::getpid(), sizeof set, &set), 0);
+  if (CPU_COUNT(&set) < 8) GTEST_SKIP() << "fewer than eight cores: none is claimed";
+  int lowest = 0;
+  while (!CPU_ISSET(lowest, &set)) ++lowest;
+  const auto claim = CoreClaim::take(std::vector<int>{lowest});
+  ASSERT_TRUE(claim);
+  EXPECT_EQ(claim->core(), lowest);
 }
 
 TEST(Pinning, MovesTheThreadToThatCore) {

@@ -1,0 +1,321 @@
+"""From a Hugging Face folder to a model, each process reading its own experts and shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from pplx_jax.config import ExchangeConfig
+from pplx_jax.expert_parallel import ExpertParallel
+from pplx_jax.models.checkpoint import DTYPES, Checkpoint, read_json
+from pplx_jax.models.config import DecoderConfig
+from pplx_jax.models.decoder import Decoder
+from pplx_jax.models.errors import CheckpointError, ModelError
+from pplx_jax.models.layers import FLOAT8
+from pplx_jax.models.quantized import SUFFIX, block_of, dequantize_part
+from pplx_jax.models.registry import Family, family_of, family_of_config
+from pplx_jax.models.sharding import Placement, check_mesh, plain_mesh
+from pplx_jax.models.sources import Source
+
+#: Tokens that a rank may bring to one call of an MoE layer; costs no memory until a call has as many.
+MAX_TOKENS = 8192
+
+_Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadProgress:
+    """How far loading is.
+
+    Attributes:
+      done, total: parameters of the model.
+      bytes_read: by this process.
+      path: of the parameter that was loaded last.
+    """
+
+    done: int
+    total: int
+    bytes_read: int
+    path: str
+
+
+def placement_of(
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    dtype: Any,
+    *,
+    block: tuple[int, int] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    name: str = "model",
+    exchange: Mapping[str, Any] | None = None,
+) -> Placement:
+    """How a model lies on a mesh; makes the experts' group, which connects when it runs.
+
+    Args:
+      config: sizes.
+      mesh: axes among dp, ep and tp, with ep; or None: one device.
+      dtype: of activations, caches and weights: float32, bfloat16 or float16.
+      block: of weights that stay float8, or None.
+      max_tokens: most tokens of a rank in one call.
+      name: of the group: models that live at the same time need different ones.
+      exchange: further arguments of `pplx_jax.ExpertParallel`, or fields of its `ExchangeConfig`.
+
+    Raises:
+      ModelError: the mesh doesn't fit the model.
+    """
+    try:
+        compute = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ModelError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}") from error
+    if compute.name not in ("float32", "bfloat16", "float16"):
+        raise ModelError(f"dtype must be float32, bfloat16 or float16, got {compute.name}")
+    if mesh is None:
+        return Placement(dtype=compute, block=block)
+    check_mesh(config, dict(mesh.shape))
+    mesh = plain_mesh(mesh)
+    options = dict(exchange or {})
+    fields = {field.name for field in dataclasses.fields(ExchangeConfig)}
+    sizes = {
+        "num_experts": config.num_experts,
+        "top_k": config.num_experts_per_tok,
+        "hidden": config.hidden_size,
+        "max_tokens": max_tokens,
+        "dtype": compute,
+        **{key: options.pop(key) for key in list(options) if key in fields},
+    }
+    ep = ExpertParallel(mesh, "ep", config=ExchangeConfig(**sizes), name=name, **options)
+    return Placement(dtype=compute, mesh=mesh, ep=ep, block=block)
+
+
+def _abstract(model: type[Decoder], config: DecoderConfig, placement: Placement) -> tuple[Any, Any]:
+    """The model's structure, and its state without values."""
+    return nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0), placement=placement)))  # type: ignore[no-any-return]
+
+
+def _paths(state: Any) -> list[tuple[str, tuple[Any, ...], Any]]:
+    """(path as text, path, variable) of every leaf."""
+    return [(".".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(state)]
+
+
+def _sharding(leaf: Any, placement: Placement) -> Any:
+    spec = leaf.get_metadata().get("out_sharding") if placement.mesh is not None else None
+    return placement.sharding(*(spec or ()))
+
+
+def from_config(
+    config: DecoderConfig,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.bfloat16,
+    seed: int = 0,
+    **options: Any,
+) -> Decoder:
+    """A model with random weights, born where they belong.
+
+    Args:
+      config: a family's, such as ``DeepSeekConfig.kimi_k2()``, maybe with fewer layers.
+      mesh, dtype: as in `from_pretrained`.
+      seed: of the weights.
+      **options: of `placement_of`.
+
+    Raises:
+      ModelError: the mesh doesn't fit the model.
+    """
+    family = family_of_config(config)
+    placement = placement_of(config, mesh, dtype, **options)
+    graph, abstract = _abstract(family.model, config, placement)
+
+    def create() -> Any:
+        return nnx.state(family.model(config, rngs=nnx.Rngs(seed), placement=placement))
+
+    shardings = nnx.from_flat_state(
+        [(path, leaf.replace(_sharding(leaf, placement))) for _, path, leaf in _paths(abstract)]
+    )
+    # Random numbers take long to compile and moments to make: don't optimise that program.
+    options_xla = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    state = jax.jit(create, out_shardings=shardings, compiler_options=options_xla)()
+    model: Decoder = nnx.merge(graph, state)
+    return model
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    progress: Callable[[LoadProgress], None] | None = None,
+    **options: Any,
+) -> Decoder:
+    """Loads a Hugging Face checkpoint. Each process of the mesh calls it, and reads only what it keeps.
+
+    Args:
+      path: folder with config.json and safetensors files.
+      mesh: with an axis ``ep`` for the experts, and maybe ``tp`` and ``dp``; None: one device.
+      dtype: float32, bfloat16 or float16, which float8 weights are converted to as well; None: the
+        checkpoint's (bfloat16 where that is float8). float8_e4m3fn: a checkpoint's float8 weights and their
+        scales are kept, and dequantised to bfloat16 layer by layer at each use.
+      progress: is called after each parameter.
+      **options: of `placement_of`: ``max_tokens``, ``name``, ``exchange``.
+
+    Returns:
+      A model: ``model(tokens)``, `pplx_jax.models.generate`.
+
+    Raises:
+      CheckpointError: files are missing, truncated or corrupt; or tensors are missing, surplus or of another
+        shape or dtype than config.json asks for: all of them are listed.
+      ModelError: an unknown architecture, or a mesh that doesn't fit the model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: give the folder of a Hugging Face checkpoint")
+    raw = read_json(folder / "config.json")
+    family = family_of(raw)
+    config: DecoderConfig = family.from_hf(raw)
+    block = block_of(raw)
+    keep = dtype is not None and jnp.dtype(dtype) == FLOAT8
+    if keep and block is None:
+        raise ModelError(
+            f"dtype=float8_e4m3fn keeps float8 weights, but {folder} has none: give another dtype"
+        )
+    if dtype is None or keep:
+        named = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+        dtype = named if named in ("float32", "float16", "bfloat16") else "bfloat16"
+    placement = placement_of(config, mesh, dtype, block=block if keep else None, **options)
+    graph, abstract = _abstract(family.model, config, placement)
+    leaves = _paths(abstract)
+    sources = _with_scales(family, config, leaves)
+    with Checkpoint(folder) as checkpoint:
+        _check_tensors(checkpoint, family.ignored(config), sources, leaves, block)
+        loaded = []
+        for number, (name, where, leaf) in enumerate(leaves):
+            reader = _Reader(checkpoint, sources[name], leaf.shape, np.dtype(leaf.dtype), block)
+            array = jax.make_array_from_callback(leaf.shape, _sharding(leaf, placement), reader)
+            loaded.append((where, leaf.replace(jax.block_until_ready(array))))
+            if progress is not None:
+                progress(LoadProgress(number + 1, len(leaves), checkpoint.bytes_read, name))
+    model: Decoder = nnx.merge(graph, nnx.from_flat_state(loaded))
+    return model
+
+
+def _with_scales(family: Family, config: DecoderConfig, leaves: list[Any]) -> dict[str, Source]:
+    """Sources of all parameters, with those of the scales of weights that stay float8."""
+    sources = family.param_sources(config)
+    for name, _, _ in leaves:
+        if name in sources:
+            continue
+        for scales, weights in (
+            (".expert_scales.", ".experts."),
+            (".shared_scales.", ".shared."),
+            (".scale", ".kernel"),
+        ):
+            if scales in name and (of := name.replace(scales, weights)) in sources:
+                sources[name] = sources[of].with_suffix(SUFFIX)
+                break
+    missing = [name for name, _, _ in leaves if name not in sources]
+    assert not missing, missing
+    return sources
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, ignored: Any, sources: dict[str, Source], leaves: list[Any], block: Any
+) -> None:
+    """Raises CheckpointError unless the checkpoint holds what the model needs, and nothing else."""
+    problems: list[str] = []
+    wanted: set[str] = set()
+    for path, _, leaf in leaves:
+        source = sources[path]
+        shape = source.stored(tuple(leaf.shape))
+        for name in source.names:
+            wanted.add(name)
+            info = checkpoint.tensors.get(name)
+            if info is None:
+                problems.append(f"missing: {name} {list(shape)}")
+                continue
+            if info.shape != shape:
+                problems.append(f"misshapen: {name} is {list(info.shape)}, the model needs {list(shape)}")
+            if info.dtype not in DTYPES:
+                problems.append(f"of unknown dtype: {name} is {info.dtype}, known are {', '.join(DTYPES)}")
+            elif np.dtype(leaf.dtype) == FLOAT8 and info.dtype != "F8_E4M3":
+                problems.append(f"not float8: {name} is {info.dtype}; load with dtype=bfloat16")
+            elif info.dtype == "F8_E4M3":
+                scale = name + SUFFIX
+                wanted.add(scale)
+                if block is None:
+                    problems.append(f"float8 without a weight_block_size in config.json: {name}")
+                elif scale not in checkpoint.tensors:
+                    problems.append(f"missing: {scale}, the scales of a float8 tensor")
+                else:
+                    blocks = tuple(-(-size // part) for size, part in zip(shape, block, strict=True))
+                    if checkpoint.tensors[scale].shape != blocks:
+                        have = list(checkpoint.tensors[scale].shape)
+                        problems.append(f"misshapen: {scale} is {have}, its tensor needs {list(blocks)}")
+    surplus = sorted(set(checkpoint.tensors) - wanted)
+    problems += [f"surplus: {name}" for name in surplus if not ignored.fullmatch(name)]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.folder} doesn't hold the model that its config.json describes; "
+            f"{len(problems)} differences:\n  " + "\n  ".join(dict.fromkeys(problems))
+        )
+
+
+class _Reader:
+    """Reads any part of one parameter; what is asked for twice in a row is read once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: Source,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        block: tuple[int, int] | None,
+    ) -> None:
+        self.checkpoint, self.source, self.shape, self.dtype, self.block = (
+            checkpoint,
+            source,
+            shape,
+            dtype,
+            block,
+        )
+        self._last: tuple[Any, np.ndarray[Any, Any]] | None = None
+
+    def __call__(self, index: _Index | None) -> np.ndarray[Any, Any]:
+        parts = (slice(None),) * len(self.shape) if index is None else index
+        spans = tuple(part.indices(size)[:2] for part, size in zip(parts, self.shape, strict=True))
+        if self._last is None or self._last[0] != spans:
+            self._last = (spans, self._read(spans))
+        return self._last[1]
+
+    def _read(self, spans: tuple[tuple[int, int], ...]) -> np.ndarray[Any, Any]:
+        source = self.source
+        if not source.stacked:
+            return self._tensor(source.names[0], spans)
+        out = np.empty([stop - start for start, stop in spans], self.dtype)
+        for row, number in enumerate(range(*spans[0])):
+            out[row] = self._tensor(source.names[number], spans[1:])
+        return out
+
+    def _tensor(self, name: str, spans: tuple[tuple[int, int], ...]) -> np.ndarray[Any, Any]:
+        if self.source.transposed:
+            spans = spans[::-1]
+        index = tuple(slice(*span) for span in spans)
+        values = self.checkpoint.read(name, index)
+        if values.dtype == FLOAT8 and self.dtype != FLOAT8:
+            assert self.block is not None
+            blocks = tuple(
+                slice(start // size, -(-stop // size))
+                for (start, stop), size in zip(spans, self.block, strict=True)
+            )
+            scales = self.checkpoint.read(name + SUFFIX, blocks)
+            start = (spans[0][0], spans[1][0])
+            values = dequantize_part(values, scales, start, self.block)
+        values = values.astype(self.dtype, copy=False)
+        return np.ascontiguousarray(values.T) if self.source.transposed else values

@@ -1,0 +1,120 @@
+"""Models agree with Hugging Face transformers: in one go, prefilled in chunks, and step by step with caches."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from models_hf import TOLERANCE, VARIANTS, build, compute, difference
+
+from pplx_jax import models
+from pplx_jax.models.programs import Programs
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """Each variant's reference, made when it is first asked for."""
+    made = {}
+
+    def get(variant):
+        if variant not in made:
+            folder = tmp_path_factory.mktemp(variant)
+            made[variant] = compute(build(variant, folder), folder)
+        return made[variant]
+
+    return get
+
+
+def mesh_of(**axes):
+    count = int(np.prod(list(axes.values())))
+    return Mesh(np.array(jax.devices()[:count]).reshape(tuple(axes.values())), tuple(axes))
+
+
+def chunked(model, tokens, chunk):
+    """Logits [B, S, V] by prefill in chunks with a cache, the last one padded."""
+    programs, state = Programs.of(model), nnx.state(model)
+    batch, length = tokens.shape
+    caches = programs.caches(model, batch, -(-length // chunk) * chunk)
+    step = jax.jit(
+        lambda state, caches, part, start, live: nnx.merge(nnx.split(model)[0], state).step(
+            part, caches, start, num_tokens=live
+        )
+    )
+    found = []
+    for start in range(0, length, chunk):
+        part = tokens[:, start : start + chunk]
+        live = part.shape[1]
+        part = np.pad(part, ((0, 0), (0, chunk - live)))
+        logits, caches, _ = step(
+            state, caches, *map(programs.place, (part, np.int32(start), np.int32(live)))
+        )
+        found.append(np.asarray(logits)[:, :live])
+    return np.concatenate(found, axis=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_device(references, variant):
+    reference = references(variant)
+    assert reference.margin > 1e-3, "the test's model hesitates: greedy tokens would be a matter of rounding"
+    model = models.from_pretrained(reference.folder)
+    assert model.placement.dtype == np.float32
+    logits = model(reference.tokens)
+    assert logits.shape == reference.logits.shape
+    assert logits.dtype == np.float32
+    assert difference(logits, reference.logits) < TOLERANCE
+    assert difference(chunked(model, reference.tokens, 16), reference.logits) < TOLERANCE
+    new = reference.continuation.shape[1]
+    for chunk in (512, 10):
+        found = models.generate(model, reference.tokens, max_new_tokens=new, prefill_chunk=chunk)
+        np.testing.assert_array_equal(found, reference.continuation)
+
+
+@pytest.mark.parametrize("variant", ["deepseek_v3", "qwen3_moe", "mixtral"])
+def test_step_by_step(references, variant):
+    """Every token by itself through the cache, from the first on."""
+    reference = references(variant)
+    model = models.from_pretrained(reference.folder)
+    assert difference(chunked(model, reference.tokens, 1), reference.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "variant, axes",
+    [
+        ("deepseek_v3", {"ep": 4}),
+        ("deepseek_v3", {"dp": 2, "ep": 2, "tp": 2}),
+        ("qwen3_moe", {"ep": 2, "tp": 4}),
+        ("mixtral", {"ep": 8}),
+    ],
+)
+def test_meshes(references, variant, axes):
+    reference = references(variant)
+    model = models.from_pretrained(reference.folder, mesh=mesh_of(**axes), name=f"meshes-{variant}")
+    with model.placement.ep:
+        assert difference(model(reference.tokens), reference.logits) < TOLERANCE
+        new = reference.continuation.shape[1]
+        found = models.generate(model, reference.tokens, max_new_tokens=new, prefill_chunk=16)
+        np.testing.assert_array_equal(found, reference.continuation)
+        # One sequence: neither axis divides it, and its tokens are padded.
+        found = models.generate(model, reference.tokens[1:2], max_new_tokens=new, prefill_chunk=16)
+        np.testing.assert_array_equal(found, reference.continuation[1:2])
+        experts = nnx.state(model).layers[1].moe if variant != "qwen3_moe" else nnx.state(model).layers[0].moe
+        held = experts.experts.up[...].addressable_shards[0].data.shape[0]
+        assert held == model.config.num_experts // axes["ep"]
+
+
+def test_under_jit(references):
+    reference = references("mixtral")
+    model = models.from_pretrained(reference.folder)
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, reference.tokens)
+    assert difference(logits, reference.logits) < TOLERANCE
+
+
+def test_low_precision_is_close(references):
+    reference = references("deepseek_v3")
+    model = models.from_pretrained(reference.folder, dtype="bfloat16")
+    # Some tokens' experts change with rounding, so only most agree.
+    found = np.asarray(model(reference.tokens))
+    wrong = np.abs(found - reference.logits).max(axis=-1) / np.abs(reference.logits).max()
+    assert np.median(wrong) < 0.05
