@@ -15,6 +15,7 @@ enum class ErrorKind {
   kClosed,           // the engine or group is closed
   kMismatch,         // two ranks reached different exchanges
   kRouting,          // the data is wrong: expert id out of range, duplicate, too many rows
+  kCancelled,        // the caller took the operation back
 };
 
 // The name under which Python raises the kind; error texts that cross XLA start with it.
@@ -32,6 +33,8 @@ constexpr std::string_view error_name(ErrorKind kind) {
       return "GroupClosedError";
     case ErrorKind::kMismatch:
       return "MismatchError";
+    case ErrorKind::kCancelled:
+      return "CancelledError";
     case ErrorKind::kRouting:
       return "RoutingError";
   }

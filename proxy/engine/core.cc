@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "proxy/engine/pools.h"
+#include "proxy/engine/watch.h"
 #include "proxy/log.h"
 
 namespace pplx {
@@ -24,11 +26,11 @@ void sleep_for(long nanoseconds) {
 
 }  // namespace
 
-EngineCore::EngineCore(const EngineConfig& config)
-    : config_(config), fabric_(make_fabric(config)), caps_(fabric_->caps()), fabric_name_(fabric_->name()) {
-  address_ = Address(encode(fabric_->address()));
-  send_bytes_.resize(kSendSlots * caps_.max_message);
-  send_memory_ = fabric_->register_memory(send_bytes_.data(), send_bytes_.size());
+EngineCore::EngineCore(const EngineConfig& config) : config_(config), pools_(std::make_unique<Pools>(*this)) {
+  add_nics();
+  send_bytes_.resize(kSendSlots * max_message_);
+  for (Nic& nic : nics_)
+    nic.send_memory = nic.fabric->register_memory(send_bytes_.data(), send_bytes_.size());
   for (uint32_t slot = 0; slot < kSendSlots; ++slot) free_slots_.push_back(slot);
 }
 
@@ -45,7 +47,7 @@ void EngineCore::start() {
     worker_core_ = config_.cpu;
   }
   worker_ = std::thread([this] { run_worker(); });
-  log(LogLevel::kInfo, "engine ", fabric_->address().label(), " on ", fabric_name_);
+  log(LogLevel::kInfo, "engine ", self_.label(), " on ", fabric_name_);
 }
 
 void EngineCore::require_open() const {
@@ -94,8 +96,22 @@ size_t EngineCore::poll_locked() {
   drain();
   if (fabric_closed_) return 0;
   bump(counters_.polls);
-  size_t count = fabric_->poll(*this);
-  if (!pending_peers_.empty()) post_pending();
+  size_t count = 0;
+  if (nics_.size() == 1) [[likely]] {
+    count = nics_[0].fabric->poll(*this);
+  } else {
+    for (polling_ = 0; polling_ < nics_.size(); ++polling_) {
+      if (!nics_[polling_].down) count += nics_[polling_].fabric->poll(*this);
+    }
+    polling_ = 0;
+  }
+  if (failing_) [[unlikely]]
+    lose_failing_nics();
+  if (!greetings_.empty()) [[unlikely]]
+    answer_greetings();
+  pools_->work();
+  if (!words_.empty()) count += look_at_words();
+  if (!pending_paths_.empty()) post_pending();
   if (!outgoing_.empty()) flush_messages();
   return count;
 }
@@ -138,7 +154,10 @@ void EngineCore::run_worker() {
     } else if (++idle < 32) {
       sched_yield();
     } else {
-      bool busy = outstanding_.load(std::memory_order_relaxed) != 0;
+      bool busy =
+          outstanding_.load(std::memory_order_relaxed) != 0 || watching_.load(std::memory_order_relaxed) != 0;
+      // Whoever writes a watch word waits for us alone; a core of our own can be spent on that.
+      if (core_claim_ && spin_for_words_.load(std::memory_order_relaxed)) continue;
       sleep_for(nap);
       nap = busy ? kShortNap : std::min(nap * 2, kLongNap);
     }
@@ -150,44 +169,32 @@ void EngineCore::maintain() {
   uint32_t now = tick_.load(std::memory_order_relaxed);
   auto limit = static_cast<uint32_t>(
       std::clamp<int64_t>(config_.timeout / std::chrono::milliseconds(1), 1, INT32_MAX));
-  for (uint32_t number = 0; number < peers_.size(); ++number) {
-    Peer& peer = peers_[number];
-    Op* oldest = peer.posted.front() != nullptr ? peer.posted.front() : peer.pending.front();
-    if (oldest == nullptr) continue;
-    if (now - oldest->stamp > kSuspectAfter && !fabric_->alive(number)) {
-      fail_peer(peer, Error(ErrorKind::kPeer, "the process of " + peer.label + " is gone"));
-      continue;
-    }
-    auto late = [&](const Op* op) { return op != nullptr && now - op->stamp > limit; };
-    auto error = [&](const Op& op) {
-      return explain(op, Error(ErrorKind::kTimeout, "no completion within " + std::to_string(limit) + " ms"));
-    };
-    while (late(peer.posted.front())) abandon(peer, peer.posted.front(), error(*peer.posted.front()));
-    while (late(peer.pending.front())) {
-      Op* op = peer.pending.pop();
+  auto late = [&](const Op* op) { return op != nullptr && now - op->stamp > limit; };
+  auto error = [&](const Op& op) {
+    return explain(op, Error(ErrorKind::kTimeout, "no completion within " + std::to_string(limit) + " ms"));
+  };
+  auto fail_late = [&](OpQueue& queue) {
+    while (late(queue.front())) {
+      Op* op = queue.pop();
       Error late_error = error(*op);
       finish(op, &late_error);
     }
+  };
+  pools_->maintain();
+  for (Peer& peer : peers_) {
+    fail_late(peer.waiting);
+    for (Path& path : peer.paths) {
+      Op* oldest = path.posted.front() != nullptr ? path.posted.front() : path.pending.front();
+      if (oldest == nullptr) continue;
+      if (now - oldest->stamp > kSuspectAfter && !nics_[path.nic].down &&
+          !nics_[path.nic].fabric->alive(path.number)) {
+        fail_peer(peer, Error(ErrorKind::kPeer, "the process of " + peer.label + " is gone"));
+        break;
+      }
+      while (late(path.posted.front())) abandon(peer, path.posted.front(), error(*path.posted.front()));
+      fail_late(path.pending);
+    }
   }
-}
-
-uint32_t EngineCore::connect(const Bytes& address) {
-  if (auto known = peer_numbers_.find(address); known != peer_numbers_.end()) return known->second;
-  PeerAddress parsed = decode_address(address);
-  uint32_t number = fabric_->connect(parsed);
-  if (peers_.size() <= number) peers_.resize(number + 1);
-  peers_[number].label = parsed.label();
-  peer_numbers_.emplace(address, number);
-  return number;
-}
-
-EngineStats EngineCore::stats() const {
-  const auto& c = counters_;
-  return {c.writes,       c.write_bytes,
-          c.sends,        c.receives,
-          c.immediates,   c.unknown_immediates,
-          c.errors,       c.polls,
-          c.backpressure, std::max(worker_core_.load(), -1)};
 }
 
 void EngineCore::close() {
@@ -212,7 +219,11 @@ void EngineCore::close() {
     drain();
     for (Peer& peer : peers_) fail_peer(peer, error);
     flush_messages();
-    fabric_->close();
+    close_waiters(error);
+    pools_->close(error);
+    for (Nic& nic : nics_) {
+      if (!nic.down) nic.fabric->close();
+    }
   }
   callbacks_.stop();
   close_done_.store(true, std::memory_order_release);

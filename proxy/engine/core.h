@@ -12,6 +12,7 @@
 #include <thread>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "proxy/bytes.h"
@@ -19,16 +20,33 @@
 #include "proxy/engine/cores.h"
 #include "proxy/engine/engine.h"
 #include "proxy/engine/imm_table.h"
+#include "proxy/engine/nic.h"
 #include "proxy/engine/op.h"
 #include "proxy/engine/sinks.h"
-#include "proxy/fabric/fabric.h"
+#include "proxy/engine/timeline.h"
 #include "proxy/process.h"
 
 namespace pplx {
 
-class RegionImpl;
 class GroupImpl;
-struct RemoteRegionImpl;
+class PoolImpl;
+class Pools;
+class RegionImpl;
+class WatchImpl;
+class Whole;
+
+// Of the messages between engines.
+enum MessageType : uint8_t {
+  kUser = 1,
+  kBarrier = 2,
+  kHello = 3,
+  kWelcome = 4,
+  kPoolAnnounce = 5,
+  kPoolGrant = 6,
+  kPoolFilled = 7,
+  kPoolTaken = 8,
+  kPoolRefused = 9,
+};
 
 // A lock that costs one atomic exchange each way: it is taken and released at every write and every poll.
 class ProgressLock {
@@ -61,17 +79,45 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   const std::string& fabric_name() const noexcept { return fabric_name_; }
   EngineStats stats() const;
 
+  EngineDetails details();
+  void start_timeline(size_t events);
+  void stop_timeline();
+  std::string timeline();
+
   // memory.cc
   std::shared_ptr<Region> register_memory(void* data, size_t size, std::shared_ptr<void> keepalive);
   std::shared_ptr<Region> allocate(size_t size);
   void unregister(RegionImpl& region) noexcept;
+  void release(const std::array<FabricMemory, kMaxNics>& memories) noexcept;  // locked
   std::shared_ptr<RemoteRegion> open(const RegionDescriptor& descriptor);
+  std::shared_ptr<GroupRegions> open(PeerGroup& group, std::span<const RegionDescriptor> descriptors);
 
-  // transfer.cc
+  // requests.cc
   void write(const WriteRequest& request, CompletionSink* sink);
+  void read(const ReadRequest& request, CompletionSink* sink);
+  void paged_write(const PagedWriteRequest& request, CompletionSink* sink);
   void scatter(const Region& source, std::span<const ScatterEntry> entries, std::optional<uint32_t> imm,
                CompletionSink* sink);
+  void scatter(const Region& source, const GroupRegions& targets, std::span<const GroupEntry> entries,
+               std::optional<uint32_t> imm, CompletionSink* sink);
   void write_callback(const WriteRequest& request, CallbackThread::Callback done);
+  uint64_t new_id() noexcept { return next_id_.fetch_add(1, std::memory_order_relaxed); }
+  size_t cancel(uint64_t id);
+  void check(const PreparedWrite& write) const;
+
+  // nics.cc
+  size_t shards() const noexcept { return nics_.size(); }
+  void remove_nic(size_t index);
+
+  // watch.cc
+  std::shared_ptr<WatchWord> watch_word(WatchConfig config);
+  void unwatch(WatchImpl& word) noexcept;
+
+  // pools.cc
+  std::shared_ptr<ReceivePool> receive_pool(PoolConfig config);
+  std::shared_ptr<RemotePool> open(const PoolDescriptor& descriptor);
+  void send(const RemotePool& pool, std::shared_ptr<const Region> source, size_t offset, size_t length,
+            CompletionSink* sink);
 
   // messages.cc
   size_t max_message() const noexcept;
@@ -84,6 +130,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   ImmCounter imm_counter(uint32_t imm);
   ImmCounter watch(uint32_t imm);
   void unwatch(uint32_t imm);
+  void when(const ImmCounter& counter, uint64_t n, CompletionSink* sink, uint64_t id);
+  void when_message(CompletionSink* sink, uint64_t id);
 
   size_t progress();
   template <typename Ready>
@@ -102,15 +150,10 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   Deadline deadline(std::optional<Duration> timeout) const;
 
  private:
-  struct Peer {
-    std::string label;
-    OpQueue pending;  // not yet taken by the fabric
-    OpList posted;
-    std::optional<Error> failed;  // set once, for good: an engine that restarts has a new address
-    uint32_t next_rail = 0;
-    bool listed = false;    // in pending_peers_
-    uint32_t messages = 0;  // send buffers that it holds
-  };
+  friend class PoolImpl;
+  friend class Pools;
+  friend class WatchImpl;
+  friend class Whole;
   struct Outgoing {
     uint32_t peer;
     Bytes bytes;
@@ -126,21 +169,70 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void maintain();  // locked; timeouts and dead peers
   void require_open() const;
 
-  // Locked from here on.
+  // An operation straight to the fabric if nobody holds the lock, otherwise through the submission queue.
+  template <typename Fill>
+  void post_or_queue(Fill&& fill) {
+    uint32_t tick = tick_.load(std::memory_order_relaxed);
+    if (try_lock()) {
+      if (fabric_closed_) {
+        unlock();
+        require_open();
+      }
+      Op* op = pool_.take();
+      fill(*op, tick);
+      submit(op);
+      unlock();
+      return;
+    }
+    Op* op;
+    {
+      std::lock_guard lock(shared_pool_mutex_);
+      op = shared_pool_.take();
+    }
+    fill(*op, tick);
+    op->shared = true;
+    submissions_.push(op);
+    kick();
+  }
+
+  // Locked from here on; transfer.cc.
   void drain();
+  Op* make_write(const WriteRequest& request, CompletionSink* sink);
   void submit(Op* op);
-  void split(Op* op);
+  void place(Op* op);
+  void split_over_shards(Op* op);
+  void split_by_bytes(Op* op);
   void enqueue(Peer& peer, Op* op);
   bool post(Peer& peer, Op* op);
   void post_pending();
   void finish(Op* op, const Error* error);
   void notify(Op* op, const Error* error);
-  void notify_split(Op* op, const Error* error);
   void recycle(Op* op);
+  void taken_back_by_fabric(Peer& peer, Op* op);
   void abandon(Peer& peer, Op* op, const Error& error);
-  void fail_peer(Peer& peer, const Error& error);
+  void record(const Op& op, bool failed);
   Error explain(const Op& op, const Error& error) const;
+
+  // nics.cc
+  void add_nics();
   uint32_t connect(const Bytes& address);
+  void route(Op& op, Peer& peer);
+  void refresh(Peer& peer);
+  bool retry(Op* op);
+  void lose_path(Peer& peer, uint16_t path, const Error& error);
+  void lose_nic(size_t index, const Error& error);
+  void lose_failing_nics();
+  void fail_peer(Peer& peer, const Error& error);
+  void greet(uint32_t peer, uint8_t type);
+  void answer_greetings();
+
+  size_t look_at_words();
+  void tell_message_waiters(const Error* error);
+  template <typename Wanted>
+  size_t wake(ImmState& state, const Error* error, Wanted&& wanted);
+  size_t cancel_waiters(uint64_t id, const Error& error);
+  void close_waiters(const Error& error);
+
   void flush_messages();
   void queue_message(uint32_t peer, Bytes bytes, CompletionSink* sink);
   Bytes message_header(uint8_t type) const;
@@ -155,9 +247,13 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
 
   const ProcessMark mark_;
   const EngineConfig config_;
-  std::unique_ptr<Fabric> fabric_;
-  FabricCaps caps_;
+  std::vector<Nic> nics_;
+  size_t polling_ = 0;  // the NIC whose fabric reports
+  size_t max_message_ = 0, max_write_ = 0, split_above_ = 0;
+  bool delivery_complete_ = true, reads_ = true, mutual_ = false;  // of all NICs
+  bool failing_ = false;                                           // one of nics_ is
   std::string fabric_name_;
+  PeerAddress self_;
   Address address_;
 
   ProgressLock lock_;
@@ -173,13 +269,15 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   OpPool shared_pool_;
   std::deque<Peer> peers_;  // locked
   std::map<Bytes, uint32_t, BytesLess> peer_numbers_;
-  std::vector<uint32_t> pending_peers_;
-  std::atomic<uint64_t> outstanding_{0};  // with the fabric; written locked
+  std::vector<std::pair<uint32_t, uint16_t>> pending_paths_;  // of which peer, which path
+  std::vector<std::pair<Bytes, uint8_t>> greetings_;          // that came and are not yet answered
+  std::atomic<uint64_t> outstanding_{0};                      // with the fabrics; written locked
+  std::atomic<uint64_t> next_id_{1};
+  std::unordered_multimap<uint64_t, Whole*> wholes_;  // of those with an id, what waits for its other parts
   std::unordered_set<RegionImpl*> regions_;
   ImmTable immediates_;
   size_t user_values_ = 0;
 
-  FabricMemory send_memory_;
   Bytes send_bytes_;
   std::vector<uint32_t> free_slots_;
   std::deque<Outgoing> outgoing_;
@@ -191,9 +289,23 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   std::map<GroupKey, std::weak_ptr<GroupImpl>> groups_;
   std::map<GroupKey, std::map<Bytes, uint64_t, BytesLess>> early_barriers_;  // of groups not yet made here
 
+  struct MessageWaiter {
+    CompletionSink* sink;
+    uint64_t id;
+  };
+  std::vector<MessageWaiter> message_waiters_;
+  std::vector<std::shared_ptr<ImmState>> waited_for_;  // with waits by when()
+  std::vector<std::shared_ptr<WatchImpl>> words_;
+  std::atomic<bool> spin_for_words_{false};
+  std::atomic<size_t> watching_{0};  // words, and waits that nobody's thread drives
+  std::unique_ptr<Pools> pools_;
+  std::unique_ptr<Timeline> timeline_;  // being recorded
+  std::unique_ptr<Timeline> recorded_;  // the last one
+
   struct Counters {
     std::atomic<uint64_t> writes{0}, write_bytes{0}, sends{0}, receives{0}, immediates{0},
-        unknown_immediates{0}, errors{0}, polls{0}, backpressure{0};
+        unknown_immediates{0}, errors{0}, polls{0}, backpressure{0}, reads{0}, read_bytes{0}, retries{0},
+        cancelled{0};
   } counters_;
   std::atomic<uint32_t> tick_{0};           // milliseconds since the start, coarsely
   std::atomic<uint64_t> foreign_polls_{0};  // by threads other than the worker
@@ -231,36 +343,5 @@ class EngineCore::Locked {
 inline void bump(std::atomic<uint64_t>& counter, uint64_t by = 1) {
   counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
 }
-
-class RegionImpl final : public Region {
- public:
-  RegionImpl(std::shared_ptr<EngineCore> core, const FabricMemory& memory, RegionDescriptor descriptor,
-             std::shared_ptr<void> keepalive)
-      : core_(std::move(core)),
-        memory_(memory),
-        descriptor_(std::move(descriptor)),
-        keepalive_(std::move(keepalive)) {}
-  ~RegionImpl() override { core_->unregister(*this); }
-  std::byte* data() const noexcept override { return memory_.data; }
-  size_t size() const noexcept override { return memory_.size; }
-  const RegionDescriptor& descriptor() const noexcept override { return descriptor_; }
-  const FabricMemory& memory() const noexcept { return memory_; }
-  const EngineCore* core() const noexcept { return core_.get(); }
-
- private:
-  std::shared_ptr<EngineCore> core_;
-  FabricMemory memory_;
-  RegionDescriptor descriptor_;
-  std::shared_ptr<void> keepalive_;
-};
-
-struct RemoteRegionImpl final : RemoteRegion {
-  size_t size() const noexcept override { return length; }
-  const EngineCore* core = nullptr;
-  uint32_t peer = 0;
-  uint64_t base = 0;
-  uint64_t key = 0;
-  size_t length = 0;
-};
 
 }  // namespace pplx

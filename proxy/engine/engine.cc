@@ -33,6 +33,45 @@ std::future<void> TransferEngine::write_future(const WriteRequest& request) {
   return future;
 }
 
+void TransferEngine::read(const ReadRequest& request, CompletionSink* sink) { core_->read(request, sink); }
+
+std::future<void> TransferEngine::read_future(const ReadRequest& request) {
+  auto sink = std::make_unique<FutureSink>();
+  auto future = sink->future();
+  core_->read(request, sink.get());
+  sink.release();
+  return future;
+}
+
+void TransferEngine::paged_write(const PagedWriteRequest& request, CompletionSink* sink) {
+  core_->paged_write(request, sink);
+}
+
+uint64_t TransferEngine::new_id() noexcept { return core_->new_id(); }
+size_t TransferEngine::cancel(uint64_t id) { return core_->cancel(id); }
+size_t TransferEngine::shards() const noexcept { return core_->shards(); }
+void TransferEngine::remove_nic(size_t index) { core_->remove_nic(index); }
+
+void TransferEngine::when(const ImmCounter& counter, uint64_t n, CompletionSink* sink, uint64_t id) {
+  core_->when(counter, n, sink, id);
+}
+void TransferEngine::when_message(CompletionSink* sink, uint64_t id) { core_->when_message(sink, id); }
+
+std::shared_ptr<WatchWord> TransferEngine::watch_word(WatchConfig config) {
+  return core_->watch_word(std::move(config));
+}
+
+std::shared_ptr<ReceivePool> TransferEngine::receive_pool(PoolConfig config) {
+  return core_->receive_pool(std::move(config));
+}
+std::shared_ptr<RemotePool> TransferEngine::open(const PoolDescriptor& descriptor) {
+  return core_->open(descriptor);
+}
+void TransferEngine::send(const RemotePool& pool, std::shared_ptr<const Region> source, size_t offset,
+                          size_t length, CompletionSink* sink) {
+  core_->send(pool, std::move(source), offset, length, sink);
+}
+
 void TransferEngine::write_callback(const WriteRequest& request, std::function<void(const Error*)> done) {
   core_->write_callback(request, std::move(done));
 }
@@ -40,6 +79,16 @@ void TransferEngine::write_callback(const WriteRequest& request, std::function<v
 void TransferEngine::scatter(const Region& source, std::span<const ScatterEntry> entries,
                              std::optional<uint32_t> imm, CompletionSink* sink) {
   core_->scatter(source, entries, imm, sink);
+}
+
+std::shared_ptr<GroupRegions> TransferEngine::open(PeerGroup& group,
+                                                   std::span<const RegionDescriptor> descriptors) {
+  return core_->open(group, descriptors);
+}
+void TransferEngine::scatter(const Region& source, const GroupRegions& targets,
+                             std::span<const GroupEntry> entries, std::optional<uint32_t> imm,
+                             CompletionSink* sink) {
+  core_->scatter(source, targets, entries, imm, sink);
 }
 
 size_t TransferEngine::max_message() const noexcept { return core_->max_message(); }
@@ -62,6 +111,10 @@ void TransferEngine::barrier(PeerGroup& group, std::optional<Duration> timeout) 
 size_t TransferEngine::progress() { return core_->progress(); }
 void TransferEngine::relax(unsigned idle) { back_off(idle); }
 EngineStats TransferEngine::stats() const { return core_->stats(); }
+EngineDetails TransferEngine::details() const { return core_->details(); }
+void TransferEngine::start_timeline(size_t events) { core_->start_timeline(events); }
+void TransferEngine::stop_timeline() { core_->stop_timeline(); }
+std::string TransferEngine::timeline() const { return core_->timeline(); }
 void TransferEngine::close() { core_->close(); }
 bool TransferEngine::closed() const noexcept { return core_->closed(); }
 bool TransferEngine::forked() const noexcept { return core_->forked(); }

@@ -5,7 +5,6 @@
 // hand-over between threads and a machine with fewer cores than threads still makes headway.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -16,170 +15,9 @@
 #include <string>
 #include <vector>
 
-#include "proxy/error.h"
+#include "proxy/engine/types.h"
 
 namespace pplx {
-
-using Bytes = std::vector<std::byte>;
-using Clock = std::chrono::steady_clock;
-using Duration = std::chrono::nanoseconds;
-using Deadline = Clock::time_point;
-
-// What the simulated fabric does to traffic. Everything follows from `seed`; all off is plain memcpy
-// delivery.
-struct SimConfig {
-  uint64_t seed = 0;
-  std::string network = "default";  // engines of one process meet when their network names are equal
-  bool reorder = false;             // deliver pending writes, and the pieces of one write, in any order
-  uint32_t max_delay = 0;           // a piece waits up to this many polls of its target before it lands
-  uint32_t max_pieces = 1;          // a write's bytes land in up to this many pieces
-  uint32_t stall_every = 0;         // about one poll in this many delivers nothing for `stall_polls` polls
-  uint32_t stall_polls = 64;
-  uint32_t queue_depth = 4096;  // outstanding operations an endpoint accepts before it pushes back
-  uint64_t max_write = 0;       // longest write taken in one operation, longer ones are split; 0: any
-  bool mutual = false;          // writes and reads of whoever the target has not connected to are refused
-};
-
-struct EngineConfig {
-  // "local" (in process, memcpy), "sim" (in process, disordered by `sim`), "tcp", "shm", or any libfabric
-  // provider name with RDM endpoints and RMA ("tcp;ofi_rxm", "efa", ...).
-  std::string fabric = "local";
-  int endpoints = 1;         // endpoints a peer; > 1 sprays writes, so that immediates arrive out of order
-  std::string bind_address;  // IP address the socket providers listen on; empty: loopback only
-  std::string nic;           // name of the libfabric domain to open; empty: the first that fits
-  static constexpr int kOwnCore = -1;           // one of its own where there are cores for it: see cores.h
-  static constexpr int kAnyCore = -2;           // not pinned
-  int cpu = kOwnCore;                           // core to pin the worker to
-  Duration timeout = std::chrono::seconds(30);  // default of every wait below
-  SimConfig sim;
-};
-
-// Where a peer can be reached: opaque bytes, equal and hashable by value. Parsing checks every length.
-class Address {
- public:
-  Address() = default;
-  explicit Address(Bytes bytes) : bytes_(std::move(bytes)) {}
-  const Bytes& bytes() const noexcept { return bytes_; }
-  bool operator==(const Address&) const = default;
-
- private:
-  Bytes bytes_;
-};
-
-// A remote region as its owner describes it (address, base, length, one key a domain): opaque bytes.
-class RegionDescriptor {
- public:
-  RegionDescriptor() = default;
-  explicit RegionDescriptor(Bytes bytes) : bytes_(std::move(bytes)) {}
-  const Bytes& bytes() const noexcept { return bytes_; }
-  bool operator==(const RegionDescriptor&) const = default;
-
- private:
-  Bytes bytes_;
-};
-
-// Where completions go. `complete` runs on whichever thread makes progress, under the engine's lock: it
-// must neither block nor call the engine. `error` is null on success.
-class CompletionSink {
- public:
-  virtual void complete(const Error* error) noexcept = 0;
-
- protected:
-  ~CompletionSink() = default;
-};
-
-// Counts completions; cumulative, never reset. The first error is kept.
-class CompletionCounter final : public CompletionSink {
- public:
-  CompletionCounter();
-  ~CompletionCounter();
-  void complete(const Error* error) noexcept override;
-  uint64_t done() const noexcept;  // successes and failures together
-  uint64_t failed() const noexcept;
-  std::optional<Error> error() const;  // the first failure
-
- private:
-  struct State;
-  std::unique_ptr<State> state_;
-};
-
-class EngineCore;
-struct ImmState;
-
-// Counts arrived immediates of one value: 64 bits, cumulative, never reset. Counted only after the bytes
-// of the write that carried it are visible. Handles to one value share one count.
-class ImmCounter {
- public:
-  uint64_t value() const noexcept;
-  // Blocks until the count is at least `n`, driving progress meanwhile. Throws kTimeout (naming value and
-  // count), kClosed.
-  void wait(uint64_t n, std::optional<Duration> timeout = std::nullopt) const;
-
- private:
-  friend class EngineCore;
-  std::shared_ptr<ImmState> state_;
-};
-
-// Registered memory. Unregistered when the last handle goes; `keepalive` lives as long. Keep the handle of a
-// source until its writes have completed.
-class Region {
- public:
-  virtual ~Region() = default;
-  virtual std::byte* data() const noexcept = 0;
-  virtual size_t size() const noexcept = 0;
-  virtual const RegionDescriptor& descriptor() const noexcept = 0;
-};
-
-// A descriptor resolved once: what the hot path writes to.
-class RemoteRegion {
- public:
-  virtual ~RemoteRegion() = default;
-  virtual size_t size() const noexcept = 0;
-};
-
-struct WriteRequest {
-  const Region* source = nullptr;  // may be null when length is 0
-  size_t source_offset = 0;
-  const RemoteRegion* target = nullptr;
-  size_t target_offset = 0;
-  size_t length = 0;
-  std::optional<uint32_t> imm;  // delivered once, after all bytes are visible
-};
-
-struct ScatterEntry {
-  size_t source_offset = 0;
-  std::shared_ptr<const RemoteRegion> target;
-  size_t target_offset = 0;
-  size_t length = 0;
-};
-
-struct Message {
-  Address from;
-  Bytes payload;
-};
-
-struct EngineStats {
-  uint64_t writes = 0, write_bytes = 0, sends = 0, receives = 0;
-  uint64_t immediates = 0;          // arrived and counted
-  uint64_t unknown_immediates = 0;  // arrived for a reserved value nobody watches; dropped
-  uint64_t errors = 0, polls = 0, backpressure = 0;
-  int worker_core = -1;  // that the worker is pinned to; -1: none
-};
-
-// A set of peers with a common barrier. Every member creates it with the same addresses in the same order
-// and the same id; ids are never reused while a member lives.
-class PeerGroup {
- public:
-  virtual ~PeerGroup() = default;
-  virtual size_t size() const noexcept = 0;
-  virtual size_t rank() const noexcept = 0;
-};
-
-// Immediate values with the top bit set belong to exchange groups: they count only while watched
-// (`watch`), so a late write of a closed group is dropped. All other values are the user's: they count from
-// the first arrival on, whether or not anybody asked yet (at most 65536 different values). 0xFFFFFFFF is the
-// engine's own and refused.
-inline constexpr uint32_t kReservedImmediate = 0x8000'0000U;
 
 class TransferEngine {
  public:
@@ -205,9 +43,48 @@ class TransferEngine {
   // `done` runs on the callback thread, never on the worker, with null on success. Exceptions are logged.
   void write_callback(const WriteRequest& request, std::function<void(const Error*)> done);
 
+  // Reads a peer's bytes into a region of ours. kFabric where the provider cannot read.
+  void read(const ReadRequest& request, CompletionSink* sink = nullptr);
+  std::future<void> read_future(const ReadRequest& request);
+
+  // Pages from one region into pages of another; one completion in all. Pages that follow each other on both
+  // sides go together.
+  void paged_write(const PagedWriteRequest& request, CompletionSink* sink = nullptr);
+
   // One source, many targets; the same immediate to each. One completion an entry.
   void scatter(const Region& source, std::span<const ScatterEntry> entries, std::optional<uint32_t> imm,
                CompletionSink* sink = nullptr);
+
+  // The same to members of a group, whose regions are resolved already.
+  std::shared_ptr<GroupRegions> open(PeerGroup& group, std::span<const RegionDescriptor> descriptors);
+  void scatter(const Region& source, const GroupRegions& targets, std::span<const GroupEntry> entries,
+               std::optional<uint32_t> imm, CompletionSink* sink = nullptr);
+
+  // A new id for WriteRequest.id and the like.
+  uint64_t new_id() noexcept;
+  // Takes back whatever of the operations with this id the provider does not have yet, and waits for their
+  // parts that it has: their completions say kCancelled. Returns how many parts were taken back; 0: all had
+  // begun, and they end as usual. Waits that when() registered end as well.
+  size_t cancel(uint64_t id);
+
+  // The parts of a write with imm_per_shard: the NICs that the engine began with.
+  size_t shards() const noexcept;
+  // Takes a NIC out, as if it had failed; throws kInvalidArgument for the last one that works.
+  void remove_nic(size_t index);
+
+  // `sink` is told once, when `counter` has reached `n` (maybe at once), or with kClosed or kCancelled.
+  void when(const ImmCounter& counter, uint64_t n, CompletionSink* sink, uint64_t id = 0);
+  // The same when a message waits for recv().
+  void when_message(CompletionSink* sink, uint64_t id = 0);
+
+  // Throws kInvalidArgument.
+  std::shared_ptr<WatchWord> watch_word(WatchConfig config);
+
+  std::shared_ptr<ReceivePool> receive_pool(PoolConfig config);
+  std::shared_ptr<RemotePool> open(const PoolDescriptor& descriptor);
+  // Completes when the bytes are in one of the pool's buffers. kFabric: refused there, as too many wait.
+  void send(const RemotePool& pool, std::shared_ptr<const Region> source, size_t offset, size_t length,
+            CompletionSink* sink);
 
   // Two-sided messages for control traffic, at most max_message() bytes, queued at the receiver in arrival
   // order (at most 4096 unread; more are an error at the receiver and counted).
@@ -240,6 +117,13 @@ class TransferEngine {
   }
 
   EngineStats stats() const;
+  EngineDetails details() const;  // takes the engine's lock
+
+  // Records what the engine does, the latest `events` of it, until stop_timeline(). Off by default.
+  void start_timeline(size_t events);
+  void stop_timeline();
+  // What was recorded as Chrome-trace JSON, which opens in Perfetto; "{...}" without events if nothing was.
+  std::string timeline() const;
   // Idempotent. Fails outstanding operations and waits with kClosed, stops the threads, closes the
   // endpoints. Memory of live Region handles stays valid but is no longer registered.
   void close();

@@ -36,6 +36,10 @@ class GroupImpl final : public PeerGroup, public std::enable_shared_from_this<Gr
   size_t size() const noexcept override { return arrived_.size(); }
   size_t rank() const noexcept override { return rank_; }
   const std::shared_ptr<EngineCore>& core() const { return core_; }
+  size_t rank_of(const Bytes& address) const {
+    auto found = ranks_.find(address);
+    return found == ranks_.end() ? SIZE_MAX : found->second;
+  }
 
   void arrive(const Bytes& from, uint64_t number) {
     auto rank = ranks_.find(from);

@@ -12,10 +12,21 @@ namespace pplx {
 
 struct ImmState {
   explicit ImmState(uint32_t value, std::weak_ptr<EngineCore> owner) : imm(value), core(std::move(owner)) {}
+  struct Waiter {
+    uint64_t n;
+    CompletionSink* sink;
+    uint64_t id;
+  };
   // Only the holder of the progress lock writes, so that no locked instruction is needed.
-  void add() { count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
+  uint64_t add() {
+    uint64_t now = count.load(std::memory_order_relaxed) + 1;
+    count.store(now, std::memory_order_release);
+    return now;
+  }
 
   std::atomic<uint64_t> count{0};
+  uint64_t wake_at = UINT64_MAX;  // the smallest n of `waiters`, which the progress lock guards as well
+  std::vector<Waiter> waiters;
   const uint32_t imm;
   const std::weak_ptr<EngineCore> core;
 };

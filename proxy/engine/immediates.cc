@@ -1,4 +1,5 @@
 // Counting what arrives.
+#include <algorithm>
 #include <cstdio>
 
 #include "proxy/engine/core.h"
@@ -46,7 +47,70 @@ void EngineCore::on_immediate(uint32_t imm) {
     ++user_values_;
   }
   bump(counters_.immediates);
-  state->add();
+  if (state->add() >= state->wake_at) [[unlikely]]
+    wake(*state, nullptr, [&](const auto& waiter) { return waiter.n <= state->count.load(); });
+  if (timeline_) [[unlikely]] {
+    uint64_t now = nanoseconds_now();
+    timeline_->add({.start = now,
+                    .end = now,
+                    .imm = imm,
+                    .peer = UINT32_MAX,
+                    .nic = static_cast<uint16_t>(polling_),
+                    .what = Timeline::What::kImmediate,
+                    .has_imm = true});
+  }
+}
+
+// Tells those of the waiters whom `wanted` picks; returns how many.
+template <typename Wanted>
+size_t EngineCore::wake(ImmState& state, const Error* error, Wanted&& wanted) {
+  std::vector<ImmState::Waiter> told, kept;
+  for (auto& waiter : state.waiters) (wanted(waiter) ? told : kept).push_back(waiter);
+  state.waiters = std::move(kept);
+  state.wake_at = UINT64_MAX;
+  for (const auto& waiter : state.waiters) state.wake_at = std::min(state.wake_at, waiter.n);
+  watching_.fetch_sub(told.size(), std::memory_order_relaxed);
+  if (state.waiters.empty()) std::erase_if(waited_for_, [&](const auto& one) { return one.get() == &state; });
+  for (auto& waiter : told) waiter.sink->complete(error);
+  return told.size();
+}
+
+void EngineCore::when(const ImmCounter& counter, uint64_t n, CompletionSink* sink, uint64_t id) {
+  require_open();
+  Locked locked(*this);
+  if (fabric_closed_) require_open();
+  const auto& state = counter.state_;
+  if (state == nullptr || state->core.lock().get() != this) {
+    throw Error(ErrorKind::kInvalidArgument, "the counter belongs to another engine");
+  }
+  if (state->count.load() >= n) {
+    sink->complete(nullptr);
+    return;
+  }
+  if (state->waiters.empty()) waited_for_.push_back(state);
+  state->waiters.push_back({n, sink, id});
+  state->wake_at = std::min(state->wake_at, n);
+  watching_.fetch_add(1, std::memory_order_relaxed);
+}
+
+size_t EngineCore::cancel_waiters(uint64_t id, const Error& error) {
+  size_t taken = 0;
+  for (const auto& state : std::vector(waited_for_)) {
+    taken += wake(*state, &error, [&](const auto& waiter) { return waiter.id == id; });
+  }
+  std::vector<MessageWaiter> told, kept;
+  for (auto& waiter : message_waiters_) (waiter.id == id ? told : kept).push_back(waiter);
+  message_waiters_ = std::move(kept);
+  watching_.fetch_sub(told.size(), std::memory_order_relaxed);
+  for (auto& waiter : told) waiter.sink->complete(&error);
+  return taken + told.size();
+}
+
+void EngineCore::close_waiters(const Error& error) {
+  for (const auto& state : std::vector(waited_for_)) {
+    wake(*state, &error, [](const auto&) { return true; });
+  }
+  tell_message_waiters(&error);
 }
 
 ImmCounter EngineCore::imm_counter(uint32_t imm) {
@@ -89,6 +153,10 @@ void EngineCore::unwatch(uint32_t imm) {
     throw Error(ErrorKind::kInvalidArgument, "immediate " + hex(imm) + " is not reserved");
   }
   Locked locked(*this);
+  if (auto state = immediates_.shared(imm); state != nullptr && !state->waiters.empty()) {
+    const Error error(ErrorKind::kClosed, "immediate " + hex(imm) + " is watched no more");
+    wake(*state, &error, [](const auto&) { return true; });
+  }
   immediates_.erase(imm);
 }
 

@@ -2,10 +2,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
-#include "proxy/engine/core.h"
+#include "proxy/engine/group.h"
+#include "proxy/engine/regions.h"
 #include "proxy/log.h"
 
 namespace pplx {
@@ -18,9 +20,25 @@ std::shared_ptr<Region> EngineCore::register_memory(void* data, size_t size,
   require_open();
   Locked locked(*this);
   if (fabric_closed_) require_open();
-  FabricMemory memory = fabric_->register_memory(data, size);
-  DescriptorFields fields{address_.bytes(), memory.base, memory.size, {memory.key}};
-  auto region = std::make_shared<RegionImpl>(shared_from_this(), memory, RegionDescriptor(encode(fields)),
+  RegionImpl::Memories memories{};
+  DescriptorFields fields{address_.bytes(), 0, size, {}};
+  try {
+    for (size_t i = 0; i < nics_.size(); ++i) {
+      FabricMemory& memory = memories[i];
+      if (nics_[i].down) {
+        memory.data = static_cast<std::byte*>(data);
+        memory.size = size;
+      } else {
+        memory = nics_[i].fabric->register_memory(data, size);
+        fields.base = memory.base;
+      }
+      fields.keys.push_back(memory.key);
+    }
+  } catch (...) {
+    release(memories);
+    throw;
+  }
+  auto region = std::make_shared<RegionImpl>(shared_from_this(), memories, RegionDescriptor(encode(fields)),
                                              std::move(keepalive));
   regions_.insert(region.get());
   return region;
@@ -43,7 +61,14 @@ void EngineCore::unregister(RegionImpl& region) noexcept {
   if (forked()) return;
   Locked locked(*this);
   regions_.erase(&region);
-  if (!fabric_closed_) fabric_->unregister_memory(region.memory());
+  if (!fabric_closed_) release(region.memories());
+}
+
+void EngineCore::release(const std::array<FabricMemory, kMaxNics>& memories) noexcept {
+  for (size_t i = 0; i < nics_.size(); ++i) {
+    // Where the NIC was down already nothing was registered, where it has failed since, nothing is any more.
+    if (memories[i].size != 0 && !nics_[i].down) nics_[i].fabric->unregister_memory(memories[i]);
+  }
 }
 
 std::shared_ptr<RemoteRegion> EngineCore::open(const RegionDescriptor& descriptor) {
@@ -58,7 +83,39 @@ std::shared_ptr<RemoteRegion> EngineCore::open(const RegionDescriptor& descripto
   remote->base = fields.base;
   remote->key = fields.keys[0];
   remote->length = fields.length;
+  const size_t theirs = decode_address(fields.address).nics();
+  if (fields.keys.size() != theirs) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "malformed region descriptor: " + std::to_string(fields.keys.size()) + " keys for " +
+                    std::to_string(theirs) + " NICs");
+  }
+  if (peers_[remote->peer].paths.size() > 1) {
+    auto keys = std::make_shared<RemoteKeys>();
+    std::copy(fields.keys.begin(), fields.keys.end(), keys->keys.begin());
+    remote->keys = std::move(keys);
+  }
   return remote;
+}
+
+std::shared_ptr<GroupRegions> EngineCore::open(PeerGroup& base,
+                                               std::span<const RegionDescriptor> descriptors) {
+  auto& group = static_cast<GroupImpl&>(base);
+  if (group.core().get() != this)
+    throw Error(ErrorKind::kInvalidArgument, "the group belongs to another engine");
+  if (descriptors.size() != group.size()) {
+    throw Error(
+        ErrorKind::kInvalidArgument,
+        std::to_string(descriptors.size()) + " descriptors for a group of " + std::to_string(group.size()));
+  }
+  std::vector<std::shared_ptr<RemoteRegion>> regions;
+  for (size_t rank = 0; rank < descriptors.size(); ++rank) {
+    if (group.rank_of(decode_descriptor(descriptors[rank].bytes()).address) != rank) {
+      throw Error(ErrorKind::kInvalidArgument,
+                  "descriptor " + std::to_string(rank) + " is not of that member of the group");
+    }
+    regions.push_back(open(descriptors[rank]));
+  }
+  return std::make_shared<GroupRegionsImpl>(std::move(regions));
 }
 
 }  // namespace pplx

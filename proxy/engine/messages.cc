@@ -5,13 +5,14 @@
 #include "proxy/bytes.h"
 #include "proxy/engine/core.h"
 #include "proxy/engine/group.h"
+#include "proxy/engine/pools.h"
+#include "proxy/engine/watch.h"
 #include "proxy/log.h"
 
 namespace pplx {
 namespace {
 
 constexpr uint32_t kMessageMagic = 0x4d584c50;  // "PLXM"
-enum MessageType : uint8_t { kUser = 1, kBarrier = 2 };
 constexpr size_t kMaxUnread = 4096;
 constexpr uint32_t kSlotsPerPeer = 16;
 
@@ -27,8 +28,7 @@ Bytes EngineCore::message_header(uint8_t type) const {
 }
 
 size_t EngineCore::max_message() const noexcept {
-  return caps_.max_message - (sizeof kMessageMagic + sizeof(uint8_t) + sizeof(uint16_t)) -
-         address_.bytes().size();
+  return max_message_ - (sizeof kMessageMagic + sizeof(uint8_t) + sizeof(uint16_t)) - address_.bytes().size();
 }
 
 std::future<void> EngineCore::send(const Address& to, std::span<const std::byte> payload) {
@@ -75,20 +75,22 @@ void EngineCore::flush_messages() {
     Op* op = pool_.take();
     op->slot = free_slots_.back();
     free_slots_.pop_back();
-    std::byte* buffer = send_bytes_.data() + op->slot * caps_.max_message;
+    std::byte* buffer = send_bytes_.data() + op->slot * max_message_;
     std::memcpy(buffer, message.bytes.data(), message.bytes.size());
     op->source = buffer;
     op->length = message.bytes.size();
-    op->local = send_memory_.local;
+    op->local = nics_[0].send_memory.local;
     op->target = op->key = 0;
-    op->peer = message.peer;
+    op->to = message.peer;
     op->has_imm = false;
     op->kind = FabricOp::Kind::kMessage;
     op->sink = message.sink;
-    op->split = nullptr;
+    op->id = 0;
     op->stamp = tick_.load(std::memory_order_relaxed);
-    op->shared = op->abandoned = false;
-    enqueue(peers_[op->peer], op);
+    op->retries = 0;
+    op->shared = op->abandoned = op->per_shard = false;
+    op->region = nullptr;
+    enqueue(peers_[op->to], op);
   }
 }
 
@@ -99,6 +101,15 @@ void EngineCore::on_message(std::span<const std::byte> bytes) {
     auto type = in.get<uint8_t>();
     auto sender = in.blob();
     Bytes from(sender.begin(), sender.end());
+    if (timeline_) [[unlikely]] {
+      uint64_t now = nanoseconds_now();
+      timeline_->add({.start = now,
+                      .end = now,
+                      .bytes = bytes.size(),
+                      .peer = UINT32_MAX,
+                      .nic = static_cast<uint16_t>(polling_),
+                      .what = Timeline::What::kArrivedMessage});
+    }
     if (type == kUser) {
       auto payload = in.rest();
       receive_user({Address(std::move(from)), Bytes(payload.begin(), payload.end())});
@@ -108,6 +119,12 @@ void EngineCore::on_message(std::span<const std::byte> bytes) {
       auto number = in.get<uint64_t>();
       in.finish();
       receive_barrier(from, hash, generation, number);
+    } else if (type == kHello || type == kWelcome) {
+      in.finish();
+      if (greetings_.size() >= kMaxUnread) in.malformed("4096 greetings are not yet answered");
+      greetings_.emplace_back(std::move(from), type);
+    } else if (type >= kPoolAnnounce && type <= kPoolRefused) {
+      pools_->arrived(static_cast<MessageType>(type), from, in.rest());
     } else {
       in.malformed("its type is unknown");
     }
@@ -117,13 +134,33 @@ void EngineCore::on_message(std::span<const std::byte> bytes) {
 }
 
 void EngineCore::receive_user(Message message) {
-  std::lock_guard lock(inbox_mutex_);
-  if (inbox_.size() >= kMaxUnread) {
-    throw Error(ErrorKind::kFabric, "4096 messages are unread; one more was dropped");
+  {
+    std::lock_guard lock(inbox_mutex_);
+    if (inbox_.size() >= kMaxUnread) {
+      throw Error(ErrorKind::kFabric, "4096 messages are unread; one more was dropped");
+    }
+    inbox_.push_back(std::move(message));
+    inbox_size_.store(inbox_.size(), std::memory_order_release);
+    bump(counters_.receives);
   }
-  inbox_.push_back(std::move(message));
-  inbox_size_.store(inbox_.size(), std::memory_order_release);
-  bump(counters_.receives);
+  if (!message_waiters_.empty()) tell_message_waiters(nullptr);
+}
+
+void EngineCore::when_message(CompletionSink* sink, uint64_t id) {
+  require_open();
+  Locked locked(*this);
+  if (fabric_closed_) require_open();
+  if (inbox_size_.load(std::memory_order_acquire) > 0) {
+    sink->complete(nullptr);
+    return;
+  }
+  message_waiters_.push_back({sink, id});
+  watching_.fetch_add(1, std::memory_order_relaxed);
+}
+
+void EngineCore::tell_message_waiters(const Error* error) {
+  watching_.fetch_sub(message_waiters_.size(), std::memory_order_relaxed);
+  for (auto& waiter : std::exchange(message_waiters_, {})) waiter.sink->complete(error);
 }
 
 Message EngineCore::recv(std::optional<Duration> timeout) {

@@ -13,57 +13,79 @@
 
 namespace pplx {
 
-// A write longer than the fabric takes at once. The last piece carries the immediate and is posted only
-// when all others are visible at the target.
-struct SplitWrite {
-  CompletionSink* sink;
-  size_t outstanding;  // pieces before the last that are not complete
-  struct Op* last;
-  std::optional<Error> error;
-};
+struct RemoteKeys;
+class RegionImpl;
 
 struct Op : FabricOp {
   Op* next;  // in a queue or free list
   Op* before;
-  Op* after;  // in its peer's list of posted operations
+  Op* after;  // in its path's list of posted operations
   CompletionSink* sink;
-  SplitWrite* split;
-  uint32_t stamp;  // the engine's tick when it was submitted
-  uint32_t slot;   // messages: index of the send buffer
+  uint64_t id;         // for cancel(); 0: none
+  uint64_t posted_at;  // ns, where it is timed; 0: it is not
+  uint32_t to;         // the engine's number of the peer; FabricOp::peer is the fabric's
+  uint32_t stamp;      // the engine's tick when it was submitted
+  uint32_t slot;       // messages: index of the send buffer
+  uint16_t path;       // of its peer
+  uint8_t retries;
   bool shared;     // belongs to the shared pool
   bool abandoned;  // its caller has been told that it failed; the provider still holds it
+  bool per_shard;  // WriteRequest::imm_per_shard, until it is split
+  // What another NIC needs, where there are several: the caller keeps the region, we the keys.
+  const RegionImpl* region;
+  std::shared_ptr<const RemoteKeys> keys;
 };
 
 // First in, first out.
 class OpQueue {
  public:
   bool empty() const { return head_ == nullptr; }
+  size_t size() const { return size_; }
   Op* front() const { return head_; }
   void push(Op* op) {
     op->next = nullptr;
     (head_ == nullptr ? head_ : tail_->next) = op;
     tail_ = op;
+    ++size_;
   }
   void push_front(Op* op) {
     op->next = head_;
     if (head_ == nullptr) tail_ = op;
     head_ = op;
+    ++size_;
   }
   Op* pop() {
     Op* op = head_;
     head_ = op->next;
+    --size_;
     return op;
+  }
+  // Moves all that `wanted` picks to the end of `taken`.
+  template <typename Wanted>
+  void take(Wanted&& wanted, OpQueue& taken) {
+    OpQueue kept;
+    while (!empty()) {
+      Op* op = pop();
+      (wanted(*op) ? taken : kept).push(op);
+    }
+    *this = kept;
   }
 
  private:
   Op* head_ = nullptr;
   Op* tail_ = nullptr;
+  size_t size_ = 0;
 };
 
-// The operations of one peer that the fabric holds, oldest first.
+// The operations of one path that the fabric holds, oldest first.
 class OpList {
  public:
   Op* front() const { return head_; }
+  size_t size() const {
+    size_t count = 0;
+    for (const Op* op = head_; op != nullptr; op = op->after) ++count;
+    return count;
+  }
   void push(Op* op) {
     op->before = tail_;
     op->after = nullptr;

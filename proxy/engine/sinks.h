@@ -14,6 +14,12 @@
 
 namespace pplx {
 
+// Of messages whose loss is noticed otherwise; deletes itself once told.
+class IgnoringSink final : public CompletionSink {
+ public:
+  void complete(const Error* /*error*/) noexcept override { delete this; }
+};
+
 // Fulfils a promise; deletes itself once told.
 class FutureSink final : public CompletionSink {
  public:

@@ -1,108 +1,62 @@
-// Writes: from the caller to the fabric and back to whoever waits for the completion.
+// Operations: from the submission to the fabric and back to whoever waits for the completion.
+#include <algorithm>
+
 #include "proxy/engine/core.h"
+#include "proxy/engine/regions.h"
+#include "proxy/engine/whole.h"
 #include "proxy/log.h"
 
 namespace pplx {
 namespace {
 
-[[noreturn]] void invalid(const std::string& what) { throw Error(ErrorKind::kInvalidArgument, what); }
+// Shorter parts are not worth an operation of their own.
+constexpr size_t kShortestPart = 32 << 10;
+constexpr size_t kShortestShard = 4 << 10;
+constexpr size_t kPartAlignment = 256;
 
-void check_range(size_t offset, size_t length, size_t size, const char* what) {
-  if (offset <= size && length <= size - offset) [[likely]]
-    return;
-  invalid("write of " + std::to_string(length) + " bytes at offset " + std::to_string(offset) + " of a " +
-          what + " of " + std::to_string(size) + " bytes");
-}
+size_t rounded_up(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
-void check_request(const EngineCore& core, const WriteRequest& request) {
-  const auto* target = static_cast<const RemoteRegionImpl*>(request.target);
-  if (target == nullptr) invalid("a write needs a target");
-  if (target->core != &core) invalid("the target was opened by another engine");
-  check_range(request.target_offset, request.length, target->length, "target region");
-  const auto* source = static_cast<const RegionImpl*>(request.source);
-  if (source == nullptr) {
-    if (request.length != 0) invalid("a write of bytes needs a source");
-  } else {
-    if (source->core() != &core) invalid("the source was registered with another engine");
-    check_range(request.source_offset, request.length, source->size(), "source region");
-  }
-  if (request.imm == kNoImmediate) invalid("immediate 0xFFFFFFFF is the engine's own");
-}
-
-void fill(Op& op, const WriteRequest& request, CompletionSink* sink, uint32_t tick, bool shared) {
-  const auto& target = static_cast<const RemoteRegionImpl&>(*request.target);
-  op.source = nullptr;
-  op.local = nullptr;
-  if (request.source != nullptr) {
-    const auto& memory = static_cast<const RegionImpl&>(*request.source).memory();
-    op.source = memory.data + request.source_offset;
-    op.local = memory.local;
-  }
-  op.length = request.length;
-  op.target = target.base + request.target_offset;
-  op.key = target.key;
-  op.peer = target.peer;
-  op.imm = request.imm.value_or(0);
-  op.has_imm = request.imm.has_value();
-  op.kind = FabricOp::Kind::kWrite;
-  op.sink = sink;
-  op.split = nullptr;
-  op.stamp = tick;
-  op.shared = shared;
-  op.abandoned = false;
+Op copy_of(const Op& op) {
+  Op copy = op;
+  copy.shared = false;
+  return copy;
 }
 
 }  // namespace
 
-void EngineCore::write(const WriteRequest& request, CompletionSink* sink) {
-  require_open();
-  check_request(*this, request);
-  uint32_t tick = tick_.load(std::memory_order_relaxed);
-  if (try_lock()) {
-    if (fabric_closed_) {
-      unlock();
-      require_open();
-    }
-    Op* op = pool_.take();
-    fill(*op, request, sink, tick, false);
-    submit(op);
-    unlock();
+Whole::Whole(EngineCore& core, CompletionSink* sink, uint64_t id) : core_(core), sink_(sink), id_(id) {
+  if (id_ != 0) core_.wholes_.emplace(id_, this);
+}
+
+Whole::~Whole() {
+  if (id_ == 0) return;
+  auto [begin, end] = core_.wholes_.equal_range(id_);
+  for (auto it = begin; it != end; ++it) {
+    if (it->second != this) continue;
+    core_.wholes_.erase(it);
     return;
   }
-  Op* op;
-  {
-    std::lock_guard lock(shared_pool_mutex_);
-    op = shared_pool_.take();
-  }
-  fill(*op, request, sink, tick, true);
-  submissions_.push(op);
-  kick();
 }
 
-void EngineCore::scatter(const Region& source, std::span<const ScatterEntry> entries,
-                         std::optional<uint32_t> imm, CompletionSink* sink) {
-  require_open();
-  auto request = [&](const ScatterEntry& entry) {
-    return WriteRequest{&source, entry.source_offset, entry.target.get(), entry.target_offset, entry.length,
-                        imm};
-  };
-  // All or none: a bad entry must not leave the others half sent.
-  for (const auto& entry : entries) check_request(*this, request(entry));
-  Locked locked(*this);
-  if (fabric_closed_) require_open();
-  uint32_t tick = tick_.load(std::memory_order_relaxed);
-  for (const auto& entry : entries) {
-    Op* op = pool_.take();
-    fill(*op, request(entry), sink, tick, false);
-    submit(op);
-  }
+bool Whole::refuse(const Error& error) {
+  if (held_ == nullptr || error_) return false;
+  error_ = error;
+  return true;
 }
 
-void EngineCore::write_callback(const WriteRequest& request, CallbackThread::Callback done) {
-  callbacks_.start();
-  auto sink = std::make_unique<CallbackSink>(callbacks_, std::move(done));
-  write(request, sink.get());
-  sink.release();
+void Whole::complete(const Error* error) noexcept {
+  if (error != nullptr && !error_) error_ = *error;
+  if (--left_ > 0) return;
+  if (Op* held = std::exchange(held_, nullptr); held != nullptr) {
+    if (!error_) {
+      left_ = 1;
+      core_.place(held);
+      return;  // this may be gone
+    }
+    core_.recycle(held);
+  }
+  if (sink_ != nullptr) sink_->complete(error_ ? &*error_ : nullptr);
+  delete this;
 }
 
 void EngineCore::drain() {
@@ -112,47 +66,96 @@ void EngineCore::drain() {
 
 void EngineCore::submit(Op* op) {
   if (fabric_closed_) [[unlikely]] {
-    Error error(ErrorKind::kClosed, "the TransferEngine was closed before the write was posted");
+    Error error(ErrorKind::kClosed, "the TransferEngine was closed before the operation was posted");
     finish(op, &error);
     return;
   }
-  bump(counters_.writes);
-  bump(counters_.write_bytes, op->length);
-  if (op->length > caps_.max_write) [[unlikely]] {
-    split(op);
+  if (op->kind == FabricOp::Kind::kWrite) [[likely]] {
+    bump(counters_.writes);
+    bump(counters_.write_bytes, op->length);
   } else {
-    enqueue(peers_[op->peer], op);
+    bump(counters_.reads);
+    bump(counters_.read_bytes, op->length);
+  }
+  place(op);
+}
+
+void EngineCore::place(Op* op) {
+  if (op->length > split_above_ || op->per_shard) [[unlikely]] {
+    op->per_shard ? split_over_shards(op) : split_by_bytes(op);
+  } else {
+    enqueue(peers_[op->to], op);
   }
 }
 
-void EngineCore::split(Op* op) {
-  if (op->has_imm && !caps_.delivery_complete) {
+// As many parts as this engine has NICs, whatever has become of them: the target counts on their number.
+void EngineCore::split_over_shards(Op* op) {
+  op->per_shard = false;
+  size_t share = rounded_up((op->length + nics_.size() - 1) / nics_.size(), kPartAlignment);
+  share = std::max(share, kShortestShard);
+  auto* whole = new Whole(*this, op->sink, op->id);
+  const Op model = copy_of(*op);
+  recycle(op);
+  for (size_t shard = 0; shard < nics_.size(); ++shard) {
+    size_t begin = std::min(shard * share, model.length);
+    Op* part = pool_.take();
+    *part = model;
+    part->source += begin;
+    part->target += begin;
+    part->length = std::min(share, model.length - begin);
+    part->sink = whole;
+    whole->add();
+    if (part->length > max_write_) {
+      split_by_bytes(part);
+    } else {
+      enqueue(peers_[part->to], part);
+    }
+  }
+  whole->complete(nullptr);
+}
+
+// Over all paths where there are several, and by what the provider takes at once.
+void EngineCore::split_by_bytes(Op* op) {
+  Peer& peer = peers_[op->to];
+  const bool too_long = op->length > max_write_;
+  if (op->has_imm && !delivery_complete_) {
+    if (!too_long) {
+      enqueue(peer, op);
+      return;
+    }
     Error error = explain(*op, Error(ErrorKind::kFabric,
                                      "it is longer than the provider writes at once, and the provider cannot "
                                      "tell when the first part is visible (no FI_DELIVERY_COMPLETE)"));
     finish(op, &error);
     return;
   }
-  Peer& peer = peers_[op->peer];
-  size_t first_pieces = (op->length - 1) / caps_.max_write;
-  auto* whole = new SplitWrite{op->sink, first_pieces, op, std::nullopt};
-  Op next = *op;
-  size_t done = first_pieces * caps_.max_write;
-  op->source += done;
-  op->target += done;
-  op->length -= done;
-  op->split = whole;
-  // From here on `op` and `whole` may be gone as soon as the last of these is queued.
-  next.length = caps_.max_write;
-  next.has_imm = next.shared = false;
-  next.split = whole;
-  for (size_t i = 0; i < first_pieces; ++i) {
-    Op* piece = pool_.take();
-    *piece = next;
-    next.source += caps_.max_write;
-    next.target += caps_.max_write;
-    enqueue(peer, piece);
+  const size_t ways = std::max<size_t>(1, std::min(peer.active.size(), op->length / kShortestPart));
+  if (ways == 1 && !too_long) {
+    enqueue(peer, op);
+    return;
   }
+  const size_t part_bytes = std::min(rounded_up((op->length + ways - 1) / ways, kPartAlignment), max_write_);
+  auto* whole = new Whole(*this, op->sink, op->id);
+  const Op model = copy_of(*op);
+  const bool shared = op->shared;
+  for (size_t begin = 0; begin < model.length; begin += part_bytes) {
+    const bool last = model.length - begin <= part_bytes;
+    Op* part = last ? op : pool_.take();
+    *part = model;
+    part->shared = last && shared;
+    part->source += begin;
+    part->target += begin;
+    part->length = std::min(part_bytes, model.length - begin);
+    part->sink = whole;
+    part->has_imm = last && model.has_imm;
+    if (part->has_imm) {
+      whole->hold(part);
+    } else {
+      whole->add();
+      enqueue(peer, part);
+    }
+  }
+  whole->complete(nullptr);
 }
 
 void EngineCore::enqueue(Peer& peer, Op* op) {
@@ -161,51 +164,89 @@ void EngineCore::enqueue(Peer& peer, Op* op) {
     finish(op, &error);
     return;
   }
-  op->rail = 0;
-  if (caps_.rails > 1 && op->kind == FabricOp::Kind::kWrite) op->rail = peer.next_rail++ % caps_.rails;
-  if (peer.pending.empty() && post(peer, op)) [[likely]]
+  if (!peer.ready && op->kind != FabricOp::Kind::kMessage) [[unlikely]] {
+    peer.waiting.push(op);
+    return;
+  }
+  route(*op, peer);
+  Path& path = peer.paths[op->path];
+  if (path.pending.empty() && post(peer, op)) [[likely]]
     return;
   bump(counters_.backpressure);
-  peer.pending.push(op);
-  if (!peer.listed) {
-    peer.listed = true;
-    pending_peers_.push_back(op->peer);
+  if (timeline_) [[unlikely]] {
+    uint64_t now = nanoseconds_now();
+    timeline_->add({.start = now,
+                    .end = now,
+                    .bytes = op->length,
+                    .imm = op->imm,
+                    .peer = op->to,
+                    .outstanding = static_cast<uint32_t>(nics_[path.nic].outstanding),
+                    .nic = static_cast<uint16_t>(path.nic),
+                    .what = Timeline::What::kBackpressure,
+                    .has_imm = op->has_imm});
+  }
+  path.pending.push(op);
+  if (!path.listed) {
+    path.listed = true;
+    pending_paths_.emplace_back(op->to, op->path);
   }
 }
 
 // False when the fabric is full. An operation that can never be posted is finished with the error.
 bool EngineCore::post(Peer& peer, Op* op) {
-  if (outstanding_.load(std::memory_order_relaxed) >= caps_.queue_depth) return false;
+  Path& path = peer.paths[op->path];
+  Nic& nic = nics_[path.nic];
+  if (nic.outstanding >= nic.caps.queue_depth) return false;
+  op->undelivered = false;
+  // A clock read costs as much as the rest of a write.
+  op->posted_at = (++nic.sampled & 63U) == 0 || timeline_ != nullptr ? nanoseconds_now() : 0;
   try {
-    Post result = op->kind == FabricOp::Kind::kWrite ? fabric_->try_write(*op) : fabric_->try_send(*op);
+    Post result = Post::kFull;
+    switch (op->kind) {
+      [[likely]] case FabricOp::Kind::kWrite : result = nic.fabric->try_write(*op);
+      break;
+      case FabricOp::Kind::kRead:
+        result = nic.fabric->try_read(*op);
+        break;
+      default:
+        result = nic.fabric->try_send(*op);
+    }
     if (result == Post::kFull) return false;
   } catch (const Error& cause) {
     Error error = explain(*op, cause);
+    if (cause.kind() == ErrorKind::kPeer) {
+      lose_path(peer, op->path, cause);
+      op->undelivered = true;
+      if (retry(op)) return true;
+    }
     finish(op, &error);
-    if (cause.kind() == ErrorKind::kPeer) fail_peer(peer, cause);
     return true;
   }
-  peer.posted.push(op);
+  count(path.traffic, *op);
+  path.posted.push(op);
+  nic.deepest = std::max(nic.deepest, ++nic.outstanding);
   bump(outstanding_);
   return true;
 }
 
 void EngineCore::post_pending() {
-  // One peer that takes nothing, dead or slow, does not hold up the others.
-  for (size_t i = 0; i < pending_peers_.size();) {
-    Peer& peer = peers_[pending_peers_[i]];
-    while (!peer.pending.empty()) {
-      Op* op = peer.pending.pop();
+  // One path that takes nothing, be its peer dead or its NIC full, does not hold up the others.
+  for (size_t i = 0; i < pending_paths_.size();) {
+    auto [number, index] = pending_paths_[i];
+    Peer& peer = peers_[number];
+    Path& path = peer.paths[index];
+    while (!path.pending.empty()) {
+      Op* op = path.pending.pop();
       if (post(peer, op)) continue;
       // The next try goes over another rail: this one's connection may be the one that is broken.
-      if (op->kind == FabricOp::Kind::kWrite) op->rail = peer.next_rail++ % caps_.rails;
-      peer.pending.push_front(op);
+      if (op->kind != FabricOp::Kind::kMessage) op->rail = path.next_rail++ % nics_[path.nic].caps.rails;
+      path.pending.push_front(op);
       break;
     }
-    if (peer.pending.empty()) {
-      peer.listed = false;
-      pending_peers_[i] = pending_peers_.back();
-      pending_peers_.pop_back();
+    if (path.pending.empty()) {
+      path.listed = false;
+      pending_paths_[i] = pending_paths_.back();
+      pending_paths_.pop_back();
     } else {
       ++i;
     }
@@ -220,32 +261,15 @@ void EngineCore::finish(Op* op, const Error* error) {
 void EngineCore::notify(Op* op, const Error* error) {
   if (error != nullptr) [[unlikely]]
     bump(counters_.errors);
-  if (op->split != nullptr) [[unlikely]] {
-    notify_split(op, error);
-  } else if (op->sink != nullptr) {
-    op->sink->complete(error);
-  }
-}
-
-void EngineCore::notify_split(Op* op, const Error* error) {
-  SplitWrite* whole = op->split;
-  if (error != nullptr && !whole->error) whole->error = *error;
-  if (op != whole->last && --whole->outstanding > 0) return;
-  Op* last = whole->last;
-  if (op != last && !whole->error) {
-    enqueue(peers_[last->peer], last);
-    return;
-  }
-  if (whole->sink != nullptr) whole->sink->complete(whole->error ? &*whole->error : nullptr);
-  if (op != last) recycle(last);
-  delete whole;
+  if (op->sink != nullptr) op->sink->complete(error);
 }
 
 void EngineCore::recycle(Op* op) {
   if (op->kind == FabricOp::Kind::kMessage) {
     free_slots_.push_back(op->slot);
-    --peers_[op->peer].messages;
+    --peers_[op->to].messages;
   }
+  if (op->keys != nullptr) op->keys.reset();
   if (op->shared) {
     std::lock_guard lock(shared_pool_mutex_);
     shared_pool_.put(op);
@@ -254,33 +278,28 @@ void EngineCore::recycle(Op* op) {
   }
 }
 
+void EngineCore::taken_back_by_fabric(Peer& peer, Op* op) {
+  Path& path = peer.paths[op->path];
+  path.posted.erase(op);
+  --nics_[path.nic].outstanding;
+  outstanding_.store(outstanding_.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
+}
+
 // Tells the caller that it failed, while the provider still holds the operation.
 void EngineCore::abandon(Peer& peer, Op* op, const Error& error) {
-  peer.posted.erase(op);
-  outstanding_.store(outstanding_.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
+  taken_back_by_fabric(peer, op);
   op->abandoned = true;
   notify(op, &error);
 }
 
-void EngineCore::fail_peer(Peer& peer, const Error& error) {
-  if (!peer.failed) {
-    peer.failed = error;
-    if (error.kind() != ErrorKind::kClosed)
-      log(LogLevel::kWarn, "peer ", peer.label, " failed: ", error.what());
-  }
-  while (Op* op = peer.posted.front()) abandon(peer, op, explain(*op, error));
-  while (!peer.pending.empty()) {
-    Op* op = peer.pending.pop();
-    Error failure = explain(*op, error);
-    finish(op, &failure);
-  }
-}
-
 Error EngineCore::explain(const Op& op, const Error& error) const {
-  std::string what = op.kind == FabricOp::Kind::kWrite ? "write" : "message";
+  std::string what = op.kind == FabricOp::Kind::kWrite  ? "write"
+                     : op.kind == FabricOp::Kind::kRead ? "read"
+                                                        : "message";
   if (op.has_imm) what += " with immediate " + std::to_string(op.imm);
-  return Error(error.kind(), what + " of " + std::to_string(op.length) + " bytes to " +
-                                 peers_[op.peer].label + ": " + error.what());
+  what += " of " + std::to_string(op.length) + " bytes ";
+  what += op.kind == FabricOp::Kind::kRead ? "from " : "to ";
+  return Error(error.kind(), what + peers_[op.to].label + ": " + error.what());
 }
 
 void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
@@ -289,19 +308,43 @@ void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
     recycle(op);
     return;
   }
-  Peer& peer = peers_[op->peer];
-  peer.posted.erase(op);
-  outstanding_.store(outstanding_.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
+  Peer& peer = peers_[op->to];
+  taken_back_by_fabric(peer, op);
+  if (op->posted_at != 0) [[unlikely]]
+    record(*op, error != nullptr);
   if (error == nullptr) [[likely]] {
     finish(op, nullptr);
     return;
   }
+  ++peer.paths[op->path].traffic.errors;
   Error failure = explain(*op, *error);
+  if (error->kind() == ErrorKind::kPeer) {
+    lose_path(peer, op->path, *error);
+    if (retry(op)) return;
+  }
   finish(op, &failure);
-  if (error->kind() == ErrorKind::kPeer) fail_peer(peer, *error);
 }
 
-void EngineCore::on_down(const Error& error) { on_error(error); }
+void EngineCore::record(const Op& op, bool failed) {
+  const Path& path = peers_[op.to].paths[op.path];
+  Nic& nic = nics_[path.nic];
+  uint64_t now = nanoseconds_now();
+  nic.latency.add(now - op.posted_at);
+  if (!timeline_) return;
+  auto what = failed                              ? Timeline::What::kError
+              : op.kind == FabricOp::Kind::kWrite ? Timeline::What::kWrite
+              : op.kind == FabricOp::Kind::kRead  ? Timeline::What::kRead
+                                                  : Timeline::What::kMessage;
+  timeline_->add({.start = op.posted_at,
+                  .end = std::max(now, op.posted_at + 1),
+                  .bytes = op.length,
+                  .imm = op.imm,
+                  .peer = op.to,
+                  .outstanding = static_cast<uint32_t>(nic.outstanding),
+                  .nic = static_cast<uint16_t>(path.nic),
+                  .what = what,
+                  .has_imm = op.has_imm});
+}
 
 void EngineCore::on_error(const Error& error) {
   bump(counters_.errors);

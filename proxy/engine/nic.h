@@ -1,0 +1,68 @@
+// An engine's NICs, its ways to each peer, and what is counted on them. All guarded by the progress lock.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "proxy/engine/op.h"
+#include "proxy/engine/types.h"
+#include "proxy/fabric/fabric.h"
+
+namespace pplx {
+
+struct Nic {
+  std::unique_ptr<Fabric> fabric;
+  FabricCaps caps;
+  FabricMemory send_memory;
+  std::optional<Error> down;     // why it was taken out
+  std::optional<Error> failing;  // reported while polling; taken out after it
+  size_t outstanding = 0;
+  size_t deepest = 0;
+  uint32_t sampled = 0;
+  LatencyHistogram latency;
+};
+
+// From one of our NICs to one of a peer's.
+struct Path {
+  uint32_t nic = 0;
+  uint32_t remote = 0;
+  uint32_t number = 0;   // of the peer's NIC, by our fabric
+  bool primary = false;  // used while any primary path works
+  bool dead = false;
+  bool listed = false;  // in pending_paths_
+  uint32_t next_rail = 0;
+  OpQueue pending;  // not yet taken by the fabric
+  OpList posted;
+  Traffic traffic;  // but for what is outstanding and queued
+};
+
+struct Peer {
+  std::string label;
+  Bytes address;
+  std::vector<Path> paths;
+  std::vector<uint16_t> active;  // paths that new operations take
+  uint32_t next_path = 0;
+  std::optional<Error> failed;  // set once, for good: an engine that restarts has a new address
+  OpQueue waiting;              // for `ready`
+  bool ready = true;            // may be written to: see FabricCaps::mutual
+  uint32_t messages = 0;        // send buffers that it holds
+};
+
+inline void count(Traffic& traffic, const FabricOp& op) {
+  switch (op.kind) {
+    case FabricOp::Kind::kWrite:
+      ++traffic.writes;
+      traffic.write_bytes += op.length;
+      break;
+    case FabricOp::Kind::kRead:
+      ++traffic.reads;
+      traffic.read_bytes += op.length;
+      break;
+    default:
+      ++traffic.messages;
+  }
+}
+
+}  // namespace pplx
