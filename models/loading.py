@@ -160,9 +160,9 @@ def from_pretrained(
     Args:
       path: folder with config.json and safetensors files.
       mesh: with an axis ``ep`` for the experts, and maybe ``tp`` and ``dp``; None: one device.
-      dtype: float32, bfloat16 or float16, which float8 weights are converted to as well; None: the
-        checkpoint's (bfloat16 where that is float8). float8_e4m3fn: a checkpoint's float8 weights and their
-        scales are kept, and dequantised to bfloat16 layer by layer at each use.
+      dtype: float32, bfloat16 or float16, which float8 weights are converted to as well; None: the one that
+        config.json names, as a rule bfloat16. float8_e4m3fn: a checkpoint's float8 weights and their scales
+        are kept, and dequantised to what config.json names, layer by layer at each use.
       progress: is called after each parameter.
       **options: of `placement_of`: ``max_tokens``, ``name``, ``exchange``.
 

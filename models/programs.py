@@ -53,13 +53,15 @@ class Programs:
             tokens: jax.Array,
             position: jax.Array,
             num_tokens: jax.Array | None,
-            options: tuple[jax.Array, jax.Array, jax.Array],
+            options: tuple[jax.Array, jax.Array, jax.Array] | None,
             report: bool,
         ) -> tuple[jax.Array, jax.Array, list[LayerCache], list[LayerReport]]:
             logits, caches, reports = nnx.merge(graph, state).step(
                 tokens, caches, position, num_tokens=num_tokens, last=True, report=report
             )
             logits = model_constrain(logits)
+            if options is None:
+                return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, caches, reports
             key, temperature, top_p = options
             chosen = sample(logits, jax.random.fold_in(as_key(key), position), temperature, top_p)
             return chosen, logits, caches, reports
@@ -127,15 +129,17 @@ class Programs:
             self.place(tokens),
             self.place(np.int32(position)),
             count,
-            options or self.sampling_options(0.0, 1.0, 0),
+            options,
             report,
         )
         return out
 
     def sampling_options(
         self, temperature: float, top_p: float, seed: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """How to sample, as arrays: a change of them compiles nothing."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """How to sample, as arrays, whose change compiles nothing; None at temperature 0."""
+        if not temperature:
+            return None
         key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         return (
             self.place(key),

@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or drawn by temperature among the likeliest."""
+"""Drawing the next token by temperature, among the likeliest."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-    """One token a row.
+    """One token a row; the likeliest one, for temperature 0, needs no function.
 
     Args:
       logits: float32 [B, V].
       key: a PRNG key.
-      temperature: float32 scalar that divides the logits; 0 takes the likeliest token, of equals the first.
+      temperature: float32 scalar above 0 that divides the logits.
       top_p: float32 scalar: only the likeliest tokens whose probabilities, largest first, sum up to it (the
         one that reaches it included) are candidates (Holtzman et al. 2019, arXiv:1904.09751); 1: all.
 
@@ -20,18 +20,13 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax
       int32 [B].
     """
 
-    def drawn(logits: jax.Array) -> jax.Array:
-        scaled = logits / jnp.maximum(temperature, 1e-6)
-        order = jnp.argsort(-scaled, axis=-1)
-        ranked = jnp.take_along_axis(scaled, order, axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
-        # The first is always a candidate, whatever rounding made of the sums.
-        allowed = (before < top_p).at[:, 0].set(True)
-        place = jax.random.categorical(key, jnp.where(allowed, ranked, -jnp.inf), axis=-1)
-        return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-    def greedy(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    chosen: jax.Array = jax.lax.cond(temperature > 0, drawn, greedy, logits)
-    return chosen
+    scaled = logits / temperature
+    order = jnp.argsort(-scaled, axis=-1)
+    ranked = jnp.take_along_axis(scaled, order, axis=-1)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    # The first is always a candidate, whatever rounding made of the sums.
+    allowed = (before < top_p).at[:, 0].set(True)
+    place = jax.random.categorical(key, jnp.where(allowed, ranked, -jnp.inf), axis=-1)
+    chosen: jax.Array = jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0]
+    return chosen.astype(jnp.int32)

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint a model's parameters are made of.
 
 A family's ``params.py`` maps paths of parameters, such as "layers.0.attention.out.kernel", to sources.
-Hugging Face stores a matrix as [outputs, inputs]; the models here hold [inputs, outputs], and stacked experts.
+Hugging Face stores a matrix as [outputs, inputs]; here it is [inputs, outputs], and experts are stacked.
 """
 
 from __future__ import annotations

@@ -1,0 +1,422 @@
+"""Loading: what is read, float8 weights, and what is said about what doesn't fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from models_hf import TOLERANCE, build, compute, difference
+
+from pplx_jax import models
+from pplx_jax.models.checkpoint import DTYPES, Checkpoint
+from pplx_jax.models.loading import from_config, from_pretrained
+from pplx_jax.models.registry import FAMILIES, PUBLISHED
+from pplx_jax.models.rope import Rope, Yarn
+
+BLOCK = (16, 8)
+
+
+def save(path, arrays):
+    """A safetensors file, by hand: numpy has no float8 of its own."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, place = {"__metadata__": {"format": "np"}}, 0
+    for name, array in arrays.items():
+        end = place + array.nbytes
+        header[name] = {
+            "dtype": names[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [place, end],
+        }
+        place = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
+def load(folder):
+    with Checkpoint(folder) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A DeepSeek checkpoint in one file, its model and tensors."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, build("deepseek_v3", folder)
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy to spoil."""
+    folder = tmp_path / "copy"
+    shutil.copytree(saved[0], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def float8(saved, tmp_path_factory):
+    """The checkpoint with its matrices in float8, and what transformers computes with just these values."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("float8")
+    shutil.copy(saved[0] / "config.json", folder)
+    edit(folder, quantization_config={"quant_method": "fp8", "weight_block_size": list(BLOCK)})
+    stored, plain = {}, {}
+    for name, value in load(saved[0]).items():
+        if not name.endswith("_proj.weight") and "kv_a_proj" not in name:
+            stored[name] = plain[name] = value
+            continue
+        rows, columns = value.shape
+        scales = np.zeros((math.ceil(rows / BLOCK[0]), math.ceil(columns / BLOCK[1])), np.float32)
+        whole = np.zeros_like(value)
+        quantized = np.zeros(value.shape, DTYPES["F8_E4M3"])
+        for i in range(0, rows, BLOCK[0]):
+            for j in range(0, columns, BLOCK[1]):
+                part = np.s_[i : i + BLOCK[0], j : j + BLOCK[1]]
+                scale = np.abs(value[part]).max() / np.float32(448)
+                scales[i // BLOCK[0], j // BLOCK[1]] = scale
+                quantized[part] = (value[part] / scale).astype(quantized.dtype)
+                whole[part] = quantized[part].astype(np.float32) * scale
+        stored[name], stored[f"{name}_scale_inv"], plain[name] = quantized, scales, whole
+    # DeepSeek-V3's multi-token prediction module, and Kimi K2's frequencies: passed over.
+    stored["model.layers.2.eh_proj.weight"] = np.zeros((64, 128), np.float32)
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    save(folder / "model.safetensors", stored)
+    values = {name: torch.tensor(value) for name, value in plain.items()}
+    twin = tmp_path_factory.mktemp("twin")
+    shutil.copy(saved[0] / "config.json", twin)
+    save(twin / "model.safetensors", plain)
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(twin).eval()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, values["model.layers.0.mlp.up_proj.weight"])
+    return compute(model, folder)
+
+
+# ---- float8 ------------------------------------------------------------------------------------------------
+
+
+def test_float8_dequantised(float8):
+    model = from_pretrained(float8.folder, dtype=jnp.float32)
+    assert difference(model(float8.tokens), float8.logits) < TOLERANCE
+    assert model.layers[1].moe.experts.up[...].dtype == jnp.float32
+    with Checkpoint(float8.folder) as checkpoint:
+        total = sum(
+            info.shape[0] * math.prod(info.shape[1:]) * DTYPES[info.dtype].itemsize
+            for name, info in checkpoint.tensors.items()
+            if "layers.2" not in name and "inv_freq" not in name
+        )
+    read = []
+    from_pretrained(float8.folder, dtype=jnp.float32, progress=read.append)
+    assert read[-1].bytes_read == total
+    assert read[-1].done == read[-1].total == len(read)
+
+
+def test_float8_kept(float8):
+    """The weights stay float8; products are those of the weights that they stand for."""
+    model = from_pretrained(float8.folder, dtype=jnp.float8_e4m3fn)
+    layer = model.layers[1]
+    assert layer.moe.experts.up[...].dtype == jnp.float8_e4m3fn
+    assert layer.moe.shared.down[...].dtype == jnp.float8_e4m3fn
+    assert layer.attention.kv_up.kernel[...].dtype == jnp.float8_e4m3fn
+    assert layer.moe.expert_scales.up[...].shape == (16, 64 // BLOCK[1], 32 // BLOCK[0])
+    assert difference(model(float8.tokens), float8.logits) < TOLERANCE
+
+
+def test_float8_kept_on_a_mesh(float8):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("ep", "tp"))
+    model = from_pretrained(float8.folder, dtype=jnp.float8_e4m3fn, mesh=mesh, name="float8")
+    with model.placement.ep:
+        assert difference(model(float8.tokens), float8.logits) < TOLERANCE
+
+
+# ---- what is read ------------------------------------------------------------------------------------------
+
+
+def test_shards_with_an_index(saved, tmp_path):
+    saved[1].save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    one, many = from_pretrained(saved[0]), from_pretrained(tmp_path)
+    for a, b in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(many)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_parts_of_tensors(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "matrix": rng.standard_normal((40, 3000)).astype(np.float32),
+        "narrow": rng.standard_normal((33, 20)).astype(DTYPES["BF16"]),
+        "cube": rng.standard_normal((3, 4, 5)).astype(np.float16),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    save(tmp_path / "model.safetensors", arrays)
+    with Checkpoint(tmp_path) as checkpoint:
+        for name, index, most in (
+            ("matrix", np.s_[7:19], 12 * 3000 * 4),
+            ("matrix", np.s_[7:19, 100:2000], 12 * 1900 * 4),
+            ("matrix", np.s_[:, 5:9], 40 * 3000 * 4),  # too short a run to be worth a read each
+            ("narrow", np.s_[3:5, 2:19], 2 * 20 * 2),
+            ("cube", np.s_[1:3, 2:3, 1:4], 2 * 5 * 2),
+            ("cube", np.s_[1:2], 20 * 2),
+            ("empty", np.s_[:, 1:2], 0),
+        ):
+            before = checkpoint.bytes_read
+            index = index if isinstance(index, tuple) else (index,)
+            np.testing.assert_array_equal(checkpoint.read(name, index), arrays[name][index])
+            assert checkpoint.bytes_read - before <= most
+
+
+def test_the_safetensors_library_agrees(saved):
+    library = pytest.importorskip("safetensors.numpy")
+    theirs = library.load_file(saved[0] / "model.safetensors")
+    ours = load(saved[0])
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+
+
+# ---- what doesn't fit --------------------------------------------------------------------------------------
+
+
+def test_every_wrong_tensor_is_listed(copy):
+    arrays = load(copy)
+    del arrays["model.norm.weight"]
+    del arrays["model.layers.1.mlp.experts.3.up_proj.weight"]
+    arrays["model.layers.0.extra"] = np.zeros(3, np.float32)
+    arrays["lm_head.weight"] = arrays["lm_head.weight"][:5]
+    save(copy / "model.safetensors", arrays)
+    with pytest.raises(models.CheckpointError, match="4 differences") as raised:
+        from_pretrained(copy)
+    for line in (
+        "missing: model.norm.weight [64]",
+        "missing: model.layers.1.mlp.experts.3.up_proj.weight [32, 64]",
+        "surplus: model.layers.0.extra",
+        "misshapen: lm_head.weight is [5, 64], the model needs [128, 64]",
+    ):
+        assert line in str(raised.value)
+
+
+def test_float8_without_scales(float8, tmp_path):
+    shutil.copy(float8.folder / "config.json", tmp_path)
+    arrays = load(float8.folder)
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    save(tmp_path / "model.safetensors", {key: value for key, value in arrays.items() if key != name})
+    with pytest.raises(models.CheckpointError, match=f"missing: {name}"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil, match",
+    [
+        (lambda data: data[:-7], "truncated: tensor .* ends at byte"),
+        (lambda data: data[:5], "too few for a safetensors file"),
+        (lambda data: data[:200], "truncated or no safetensors file"),
+        (lambda data: b"\xff" * 8 + data[8:], "truncated or no safetensors file"),
+        (lambda data: data[:8] + b"!" + data[9:], "corrupt header"),
+        (lambda data: data.replace(b'"F32"', b'"F64"', 1), "corrupt header .* bytes for F64"),
+        (lambda data: data.replace(b'"shape"', b'"shade"', 1), "corrupt header"),
+    ],
+)
+def test_spoiled_files(copy, spoil, match):
+    path = copy / "model.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(models.CheckpointError, match=match) as raised:
+        from_pretrained(copy)
+    assert "download the file again" in str(raised.value)
+
+
+def test_missing_files(copy, tmp_path):
+    with pytest.raises(models.CheckpointError, match="no folder: give the folder"):
+        from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(models.CheckpointError, match=r"config\.json is missing"):
+        from_pretrained(tmp_path)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(models.CheckpointError, match=r"lacks 2 of the 2 files .* download them"):
+        from_pretrained(copy)
+    index["weight_map"]["a"] = "../elsewhere.safetensors"
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(models.CheckpointError, match="outside of the folder"):
+        from_pretrained(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(models.CheckpointError, match="holds neither"):
+        from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "model_type='llama'.*supported are"),
+        ({"model_type": None}, "supported are deepseek_v3, kimi_k2"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"kv_lora_rank": None}, "lacks kv_lora_rank"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be an int of at least 1"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks factor"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors"}},
+            "quant_method='compressed-tensors'",
+        ),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_unsuitable_configurations(copy, changes, match):
+    edit(copy, **changes)
+    with pytest.raises(models.ModelError, match=match):
+        from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "axes, match",
+    [
+        ({"ep": 3}, "ep=3, which doesn't divide the model's 16 experts: choose one of 1, 2, 4"),
+        (
+            {"ep": 1, "tp": 8},
+            "tp=8, which doesn't divide the model's 4 attention heads: choose one of 1, 2, 4",
+        ),
+        ({"tp": 2}, "no 'ep' for the experts: add one"),
+        ({"ep": 2, "model": 2}, "axis 'model'; models know dp, ep and tp"),
+    ],
+)
+def test_unsuitable_meshes(saved, axes, match):
+    count = math.prod(axes.values())
+    mesh = Mesh(np.array(jax.devices()[:count]).reshape(tuple(axes.values())), tuple(axes))
+    with pytest.raises(models.ModelError, match=match):
+        from_pretrained(saved[0], mesh=mesh)
+
+
+def test_unsuitable_dtypes(saved):
+    with pytest.raises(models.ModelError, match="has none: give another dtype"):
+        from_pretrained(saved[0], dtype=jnp.float8_e4m3fn)
+    with pytest.raises(models.ModelError, match="dtype must be float32, bfloat16 or float16"):
+        from_pretrained(saved[0], dtype=jnp.int8)
+
+
+def test_unsuitable_prompts(saved):
+    model = from_pretrained(saved[0])
+    prompt = np.zeros((1, 250), np.int32)
+    with pytest.raises(models.ModelError, match="257 tokens exceed the model's context of 256"):
+        models.generate(model, prompt, max_new_tokens=7)
+    with pytest.raises(models.ModelError, match="exceed cache_length=252: make it at least 255"):
+        models.generate(model, prompt, max_new_tokens=5, cache_length=252)
+    with pytest.raises(models.ModelError, match=r"tokens must be integers \[B, S\], got float32 \[1, 2\]"):
+        models.generate(model, np.zeros((1, 2), np.float32), max_new_tokens=1)
+    with pytest.raises(models.ModelError, match=r"integers \[B, S\]"):
+        model(np.zeros(3, np.int32))
+    with pytest.raises(models.ModelError, match="at least one sequence of one token"):
+        model(np.zeros((1, 0), np.int32))
+    with pytest.raises(models.ModelError, match="from 0 to 127, got 0 to 128: do they come from"):
+        models.generate(model, np.array([[0, 128]]), max_new_tokens=1)
+    for bad in ({"max_new_tokens": -1}, {"temperature": -1.0}, {"temperature": "hot"}, {"top_p": 0.0}):
+        with pytest.raises(models.ModelError, match=next(iter(bad))):
+            models.generate(model, prompt[:, :2], **{"max_new_tokens": 1, **bad})
+    assert models.generate(model, prompt[:, :2], max_new_tokens=0).shape == (1, 0)
+
+
+# ---- configurations ----------------------------------------------------------------------------------------
+
+
+def test_published_configurations():
+    """Parameter counts of the models' cards, in billions: all of them, and those that a token meets.
+
+    Cards differ in whether the embedding counts among the latter.
+    """
+    from pplx_jax.models.sizes import parameters
+
+    for name, (total, active) in {
+        "deepseek-v3": (671, 37),
+        "kimi-k2": (1026, 32),
+        "qwen3-30b-a3b": (30.5, 3.3),
+        "qwen3-235b-a22b": (235, 22),
+        "mixtral-8x7b": (46.7, 12.9),
+        "mixtral-8x22b": (141, 39),
+    }.items():
+        counts = parameters(PUBLISHED[name]())
+        assert counts.total / 1e9 == pytest.approx(total, rel=0.01), name
+        assert counts.active / 1e9 == pytest.approx(active, rel=0.08), name
+
+
+def test_configurations_from_transformers():
+    """Our figures of a checkpoint against transformers' own defaults, which are that checkpoint's."""
+    transformers = pytest.importorskip("transformers")
+    theirs = FAMILIES["mixtral"].from_hf(transformers.MixtralConfig().to_dict())
+    ours = PUBLISHED["mixtral-8x7b"]()
+    assert theirs.rope == ours.rope
+    for field in ("hidden_size", "num_hidden_layers", "moe_intermediate_size", "num_experts", "vocab_size"):
+        assert getattr(theirs, field) == getattr(ours, field)
+    theirs = FAMILIES["deepseek_v3"].from_hf(transformers.DeepseekV3Config().to_dict())
+    ours = PUBLISHED["deepseek-v3"]()
+    for field in ("hidden_size", "num_experts", "kv_lora_rank", "n_group", "first_k_dense_replace", "router"):
+        assert getattr(theirs, field) == getattr(ours, field)
+
+
+def test_yarn_against_transformers():
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for theta, factor, fast, slow, mscale in (
+        (10_000.0, 40.0, 32, 1, 1.0),
+        (50_000.0, 32.0, 1, 1, 1.0),
+        (10_000.0, 4.0, 8, 2, 0.707),
+    ):
+        yarn = Yarn(factor, 4096, fast, slow, mscale, 1.0)
+        config = transformers.DeepseekV3Config(
+            rope_theta=theta,
+            max_position_embeddings=int(4096 * factor),
+            rope_scaling={
+                "type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": 4096,
+                "beta_fast": fast,
+                "beta_slow": slow,
+                "mscale": mscale,
+                "mscale_all_dim": 1.0,
+            },
+        )
+        frequencies, amplitude = ROPE_INIT_FUNCTIONS["yarn"](config)
+        ours = Rope(theta, yarn)
+        np.testing.assert_allclose(ours.frequencies(64), frequencies.numpy(), rtol=1e-5)
+        assert ours.amplitude == pytest.approx(amplitude)
+        assert Rope.from_hf(config.to_dict()) == ours
+
+
+def test_random_models():
+    """A slice of a published model, with other sizes, on a mesh and on one device: the same weights."""
+    import dataclasses
+
+    config = dataclasses.replace(
+        PUBLISHED["kimi-k2"](),
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        num_attention_heads=2,
+        num_experts=8,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+    )
+    mesh = Mesh(np.array(jax.devices()[:2]), ("ep",))
+    one = from_config(config, dtype=jnp.float32)
+    two = from_config(config, dtype=jnp.float32, mesh=mesh, name="random")
+    tokens = np.arange(12).reshape(2, 6)
+    with two.placement.ep:
+        np.testing.assert_allclose(one(tokens), two(tokens), rtol=1e-3, atol=1e-4)
