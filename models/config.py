@@ -93,6 +93,11 @@ class DecoderConfig:
         """Into how many parts, at most, tp can split them; 1: it can't."""
         raise NotImplementedError
 
+    @property
+    def attention_flops(self) -> int:
+        """Operations of a layer's attention for one query and one cached token, besides matrices."""
+        raise NotImplementedError
+
     def attention_matrices(self) -> dict[str, tuple[int, int, Literal["in", "out", ""]]]:
         """A layer's matrices by name: inputs, outputs, and which of the two tp splits."""
         raise NotImplementedError

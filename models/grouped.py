@@ -42,6 +42,11 @@ class GroupedConfig(DecoderConfig):
         """One head a rank at least."""
         return self.num_key_value_heads
 
+    @property
+    def attention_flops(self) -> int:
+        """A product of head_dim for the score, and one for the value."""
+        return 4 * self.num_attention_heads * self.head_dim
+
     def attention_matrices(self) -> dict[str, tuple[int, int, Literal["in", "out", ""]]]:
         """By the name in the checkpoint."""
         hidden, heads = self.hidden_size, self.num_attention_heads * self.head_dim

@@ -47,7 +47,7 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": Family(Mixtral, MixtralConfig.from_hf, mixtral_params.param_sources, mixtral_params.ignored),
 }
 
-#: Configurations of published checkpoints; `published_block` says which are float8.
+#: Configurations of published checkpoints.
 PUBLISHED: Mapping[str, Callable[[], DecoderConfig]] = {
     "deepseek-v3": DeepSeekConfig.deepseek_v3,
     "deepseek-r1": DeepSeekConfig.deepseek_r1,
@@ -58,6 +58,10 @@ PUBLISHED: Mapping[str, Callable[[], DecoderConfig]] = {
     "mixtral-8x7b": MixtralConfig.mixtral_8x7b,
     "mixtral-8x22b": MixtralConfig.mixtral_8x22b,
 }
+
+
+#: Those of them whose weights are float8 in blocks of 128 x 128.
+PUBLISHED_FLOAT8 = frozenset({"deepseek-v3", "deepseek-r1", "kimi-k2", "kimi-k2-0905"})
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -34,6 +34,111 @@ def demo(
 
 
 @app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="The prompt as tokens, such as 1,15,7.")] = None,
+    mesh: Annotated[str, typer.Option(help="Axes among dp, ep and tp, such as ep=4,tp=2.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Candidates make up this much of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; the checkpoint's by default.")] = None,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of the prompt at a time.")] = 512,
+    fabric: Annotated[str, typer.Option(help="auto, tcp, shm, or another fabric.")] = "auto",
+    stats: Annotated[bool, typer.Option("--stats", help="Show what dispatch and combine did.")] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="host:port of process 0, without a launcher.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator.")] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="With --coordinator.")] = None,
+) -> None:
+    """Continue a text with a model whose experts lie on several devices, hosts or processes.
+
+    Under SLURM or Open MPI, or with --coordinator, processes join each other. Otherwise it runs on this
+    host's devices; on CPU it starts a process for each device of the mesh.
+    """
+    from pplx_jax import generate_command as implementation
+
+    if (prompt is None) == (tokens is None):
+        raise typer.BadParameter("give either --prompt or --tokens")
+    job = None
+    if coordinator is not None:
+        if num_processes is None or process_id is None:
+            raise typer.BadParameter("--coordinator needs --num-processes and --process-id")
+        job = implementation.Job(coordinator, num_processes, process_id)
+    try:
+        numbers = None if tokens is None else tuple(int(token) for token in tokens.split(","))
+        axes = implementation.parse_mesh(mesh)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    options = implementation.Options(
+        path=str(path),
+        prompt=prompt,
+        tokens=numbers,
+        mesh=axes,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        prefill_chunk=prefill_chunk,
+        dtype=dtype,
+        fabric=fabric,
+        stats=stats,
+    )
+    try:
+        status = implementation.run(options, job)
+    except RuntimeError as error:
+        typer.echo(f"generate: {error}", err=True)
+        status = 1
+    raise typer.Exit(status)
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="Such as kimi-k2, or the path of a config.json.")],
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a host.")] = 8,
+    memory: Annotated[float, typer.Option(help="GB of a GPU.")] = 141.0,
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that share attention and every expert.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that a rank decodes at a time.")] = 128,
+    context: Annotated[int, typer.Option(min=1, help="Cached tokens of a sequence.")] = 4096,
+    weights: Annotated[
+        str | None, typer.Option(help="float8 or bfloat16; the checkpoint's by default.")
+    ] = None,
+    dispatch: Annotated[str, typer.Option(help="float8 or bfloat16: what tokens travel in.")] = "float8",
+    network: Annotated[float, typer.Option(help="Gbit/s of the network for each GPU.")] = 400.0,
+    nvlink: Annotated[float, typer.Option(help="GB/s from a GPU to others of its host.")] = 450.0,
+    hbm: Annotated[float, typer.Option(help="GB/s of a GPU's memory.")] = 4800.0,
+    tflops: Annotated[float, typer.Option(help="TFLOP/s of a GPU in bfloat16.")] = 989.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show how a model lies on hosts, what memory it takes, and what bounds decoding; nothing is measured."""
+    from pplx_jax import plan as implementation
+
+    if dispatch not in ("float8", "bfloat16"):
+        raise typer.BadParameter(f"dispatch must be float8 or bfloat16, got {dispatch!r}")
+    try:
+        cluster = implementation.Cluster(
+            hosts=hosts,
+            gpus=gpus,
+            memory=memory,
+            tp=tp,
+            batch=batch,
+            context=context,
+            quant=dispatch == "float8",
+            hbm=hbm,
+            nvlink=nvlink,
+            network=network,
+            tflops=tflops,
+        )
+        implementation.run(config, cluster, weights=weights, json_output=as_json)
+    except ValueError as error:
+        typer.echo(f"plan: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:

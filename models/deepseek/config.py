@@ -171,6 +171,11 @@ class DeepSeekConfig(DecoderConfig):
         """All heads read the same latent."""
         return 1
 
+    @property
+    def attention_flops(self) -> int:
+        """Queries in the latents' space: products of rank + rope for the score, of rank for the value."""
+        return 2 * self.num_attention_heads * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
+
     def attention_matrices(self) -> dict[str, tuple[int, int, Literal["in", "out", ""]]]:
         """By the name in the checkpoint."""
         hidden, heads = self.hidden_size, self.num_attention_heads
