@@ -6,12 +6,11 @@
 #include "xla_ffi/cuda/launch.cuh"
 #include "xla_ffi/cuda/move.cuh"
 #include "xla_ffi/cuda/slots.cuh"
+#include "xla_ffi/cuda/sum.cuh"
 
 namespace pplx::moe::cuda {
 namespace {
 
-// Vectors of each lane at a time, when sending and when gathering.
-constexpr int kSendVecs = 3, kVecs = 2;
 // Of the blocks, where some only send at first.
 constexpr double kSenderShare = 0.5;
 
@@ -39,7 +38,8 @@ struct Home {
   Exchange& exchange;
   BlockState& state;
   const SlotTables& tables;
-  Span share;  // of the round's tokens
+  std::byte* rings;  // [warps, kRingBytes]
+  Span share;        // of the round's tokens
   int32_t* slots = nullptr;
 
   static constexpr int kWidth = kVec<T>;
@@ -73,37 +73,89 @@ struct Home {
     });
   }
 
+  // A part of a row to send, or of a token's to gather: the same code adds up either. It needs registers, so
+  // that little else is kept.
+  struct Work {
+    Terms terms;
+    uint64_t* word;  // to publish by, or this lane's to wait for; null: none
+    int32_t rank;    // that it is waited for from
+  };
+
   __device__ __forceinline__ void exchange_rows(bool poisoned) {
     const Roles<kSend, kRecv> roles(args);
-    bool usable = true;
+    bool usable = true, sends = kSend && roles.sends;
     if constexpr (kRecv) {
       if (roles.places) usable = number(roles.placers);
     }
-    if constexpr (kSend) {
-      if (roles.sends) send_rows(roles.senders, poisoned);
+    const int32_t others = kRecv ? shape.num_ranks - 1 : shape.num_ranks;
+    const Ring ring(rings + warp_id() * kRingBytes);
+    Queue queue{};
+    uint64_t* sent = nullptr;  // epoch of what was sent last
+    // It waits until all has arrived there: best done when the next rows are on their way.
+    const auto publish = [&] {
+      if (sent != nullptr && lane_id() == 0) store_release(sent, exchange.epoch());
+      sent = nullptr;
+    };
+    if (sends) {
+      announce(roles.senders, poisoned);
+      queue = exchange.queue(kSendQueue, poisoned ? 0 : *tables.most, others * args.parts);
+    } else if (!begin_gathering(roles, usable, queue)) {
+      return;
     }
-    if constexpr (kRecv) {
-      if (roles.places) await_all(roles.placers, usable);
-      roles.ready();
-      if (!exchange.stopped() && load_volatile(&state.poisoned) == 0) gather_rows();
+#pragma unroll 1
+    for (;;) {
+      const int32_t unit = queue.take();
+      if (unit >= queue.end) {
+        if (!sends) return;
+        sends = false;
+        publish();
+        end_sending(roles.senders, poisoned);
+        if (!begin_gathering(roles, usable, queue)) return;
+        continue;
+      }
+      Work work{.terms = {.weight = 1.0F}};
+      if (sends ? !prepare_send(unit, others, work) : !prepare_gather(unit, work)) continue;
+      const Span part = part_of_row(unit & (args.parts - 1));
+      if (!add_up<T, W>(
+              ring, work.terms, part, [&] { return await_slots(work); }, publish))
+        return;
+      if (sends) {
+        end_send(unit, others, work);
+        sent = work.word;
+      } else if (!end_gather(unit, work)) {
+        return;
+      }
     }
+  }
+
+  __device__ __forceinline__ Span part_of_row(int32_t number) const {
+    const int32_t vecs = args.row_bytes / 16;
+    return {(vecs * number >> args.part_shift), (vecs * (number + 1) >> args.part_shift)};
+  }
+
+  // Rows of this GPU that make up a slot: an entry a lane.
+  __device__ __forceinline__ void take_rows(int32_t source, int32_t slot, Terms& terms) {
+    int32_t row = slot_row(args, send.route, source, slot, exchange);
+    const uint32_t kept = __ballot_sync(kAllLanes, row >= 0);
+    terms.rows = __popc(kept);
+    // Those that dispatch dropped leave gaps.
+    if ((kept & (kept + 1)) != 0) row = __shfl_sync(kAllLanes, row, __fns(kept, 0, lane_id() + 1) & 31U);
+    const bool mine = lane_id() < terms.rows;
+    terms.row = static_cast<const std::byte*>(send.rows) + (mine ? int64_t{row} * args.row_bytes : 0);
+    terms.weight = mine && send.weights != nullptr ? send.weights[row] : 1.0F;
   }
 
   // --- expert side ---
 
-  __device__ __forceinline__ void send_rows(const Team& team, bool poisoned) {
-    if (team.thread() == 0) {
-      const int32_t blocks = args.senders != 0 ? args.senders : static_cast<int32_t>(gridDim.x);
-      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += blocks) {
-        exchange.announce(rank, tables.received[rank], poisoned);
-      }
+  __device__ __forceinline__ void announce(const Team& team, bool poisoned) {
+    if (team.thread() != 0) return;
+    const int32_t blocks = args.senders != 0 ? args.senders : static_cast<int32_t>(gridDim.x);
+    for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += blocks) {
+      exchange.announce(rank, tables.received[rank], poisoned);
     }
-    const int32_t ranks = kRecv ? shape.num_ranks - 1 : shape.num_ranks;
-    const Queue queue = exchange.queue(kSendQueue, poisoned ? 0 : *tables.most, ranks * args.parts);
-    for (int32_t unit = queue.take(); unit < queue.end; unit = queue.take()) {
-      const SlotPart to = slot_part(args, unit, ranks);
-      if (to.slot < tables.received[to.rank]) send_row(to.rank, to.slot, to.part);
-    }
+  }
+
+  __device__ __forceinline__ void end_sending(const Team& team, bool poisoned) {
     if (team.thread() == 0) trace(5);
     if (!exchange.has_proxy()) return;
     team.sync();
@@ -112,80 +164,40 @@ struct Home {
     }
   }
 
-  __device__ __forceinline__ Span part_of_row(int32_t number) const {
-    const int32_t vecs = args.row_bytes / 16;
-    return {vecs * number / args.parts, vecs * (number + 1) / args.parts};
+  // False: there is no such slot.
+  __device__ __forceinline__ bool prepare_send(int32_t unit, int32_t ranks, Work& work) {
+    const SlotPart to = slot_part(args, unit, ranks);
+    if (to.slot >= tables.received[to.rank]) return false;
+    take_rows(to.rank, to.slot, work.terms);
+    work.terms.out = exchange.outgoing(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
+    work.word = exchange.epoch_of_sent(to.rank, to.slot, to.part);
+    return true;
   }
-
-  __device__ __forceinline__ void send_row(int32_t source, int32_t slot, int32_t number) {
-    const int32_t row = slot_row(args, send.route, source, slot, exchange);
-    std::byte* out = exchange.outgoing(source) + args.first_slot + int64_t{slot} * args.stride;
-    const uint32_t rows = __ballot_sync(kAllLanes, row >= 0);
-    const float weight = send.weights != nullptr && row >= 0 ? send.weights[row] : 1.0F;
-    const Span part = part_of_row(number);
-    for (int32_t base = part.begin; base < part.end; base += kSendVecs * kWarp) {
-      float acc[kSendVecs][kWidth];
-      reduce(rows, row, weight, base, part.end, acc);
-#pragma unroll
-      for (int i = 0; i < kSendVecs; ++i) {
-        const int32_t at = base + i * kWarp + lane_id();
-        if (at < part.end) store_values<W>(out + int64_t{at} * kWidth * sizeof(W), acc[i]);
-      }
-    }
-    if (number == 0 && send.returns != nullptr && lane_id() < args.entries) {
-      reinterpret_cast<float*>(out + args.home_stride)[lane_id()] = row >= 0 ? send.returns[row] : 0.0F;
+  __device__ __forceinline__ void end_send(int32_t unit, int32_t ranks, const Work& work) {
+    if (send.returns != nullptr && (unit & (args.parts - 1)) == 0 && lane_id() < args.entries) {
+      const SlotPart to = slot_part(args, unit, ranks);
+      const int32_t row = slot_row(args, send.route, to.rank, to.slot, exchange);
+      reinterpret_cast<float*>(work.terms.out + args.home_stride)[lane_id()] =
+          row >= 0 ? send.returns[row] : 0.0F;
     }
     __syncwarp();
-    if (lane_id() == 0) exchange.publish(source, slot, number);
-  }
-
-  // Sums of the rows that the lanes in `lanes` hold, at some vectors of each lane.
-  template <int kVecs>
-  __device__ __forceinline__ void reduce(uint32_t lanes, int32_t row, float weight, int32_t base, int32_t end,
-                                         float (&acc)[kVecs][kWidth]) const {
-    constexpr int kAtOnce = 4;
-    const float none = start_of_sum(lanes == 0);
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) acc[i][j] = none;
-    }
-    while (lanes != 0) {
-      uint4 some[kAtOnce][kVecs];
-      float weights[kAtOnce];
-      int count = 0;
-#pragma unroll
-      for (int m = 0; m < kAtOnce; ++m) {
-        if (lanes == 0) continue;
-        const int lane = __ffs(static_cast<int>(lanes)) - 1;
-        lanes &= lanes - 1;
-        ++count;
-        weights[m] = __shfl_sync(kAllLanes, weight, lane);
-        const auto* from =
-            static_cast<const T*>(send.rows) + int64_t{__shfl_sync(kAllLanes, row, lane)} * shape.hidden;
-#pragma unroll
-        for (int i = 0; i < kVecs; ++i) {
-          const int32_t at = base + i * kWarp + lane_id();
-          some[m][i] = at < end ? load_vec(from + int64_t{at} * kWidth) : uint4{0, 0, 0, 0};
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kAtOnce; ++m) {
-        if (m >= count) continue;
-#pragma unroll
-        for (int i = 0; i < kVecs; ++i) {
-          float values[kWidth];
-          unpack<T>(some[m][i], values);
-          accumulate(acc[i], values, weights[m]);
-        }
-      }
-    }
   }
 
   // --- home side ---
 
   __device__ __forceinline__ bool number(const Team& team) {
     return number_own_tokens<kTopK>(args, team, share, recv.home, exchange, tables, slots);
+  }
+
+  // False: there is nothing to gather.
+  __device__ __forceinline__ bool begin_gathering(const Roles<kSend, kRecv>& roles, bool usable,
+                                                  Queue& queue) {
+    if (!kRecv) return false;
+    if (roles.places) await_all(roles.placers, usable);
+    roles.ready();
+    if (threadIdx.x == 0) trace(8);
+    queue = exchange.queue(kKeepQueue, args.length(), args.parts);
+    return !exchange.stopped() && load_volatile(&state.poisoned) == 0;
   }
 
   __device__ __forceinline__ void await_all(const Team& team, bool usable) {
@@ -197,151 +209,101 @@ struct Home {
     if (!usable) state.poisoned = 1;  // there is nothing to add up
   }
 
-  __device__ __forceinline__ void gather_rows() {
-    const Queue queue = exchange.queue(kKeepQueue, args.length(), args.parts);
-    for (int32_t unit = queue.take(); unit < queue.end; unit = queue.take()) {
-      if (!gather_row(args.begin() + unit / args.parts, unit % args.parts)) return;
-    }
+  // Whether this lane's destination is this rank, in the same exchange: what it adds up never travels.
+  __device__ __forceinline__ bool is_here(const Destinations& to) const {
+    return kSend && to.rank == shape.rank;
+  }
+  __device__ __forceinline__ const std::byte* sum_of(const Destinations& to) const {
+    if (to.rank < 0 || is_here(to)) return nullptr;
+    return exchange.incoming(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
+  }
+  __device__ __forceinline__ int32_t slot_here(const Destinations& to, uint32_t here) const {
+    return __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(here)) - 1);
   }
 
-  // False: stopped.
-  __device__ __forceinline__ bool gather_row(int32_t token, int32_t number) {
+  // False: nothing is to be added up.
+  __device__ __forceinline__ bool prepare_gather(int32_t unit, Work& work) {
+    const int32_t token = args.begin() + (unit >> args.part_shift), part = unit & (args.parts - 1);
     const Destinations to = destinations_of(args, recv.home, slots, token);
-    std::byte* out = static_cast<std::byte*>(recv.out) + int64_t{token} * args.row_bytes;
-    const Span part = part_of_row(number);
-    float* returned = number == 0 && recv.returned != nullptr && lane_id() < shape.top_k
-                          ? recv.returned + int64_t{token} * shape.top_k + lane_id()
-                          : nullptr;
+    Terms& terms = work.terms;
+    terms.out = static_cast<std::byte*>(recv.out) + int64_t{token} * args.row_bytes;
     if (__ballot_sync(kAllLanes, to.rank >= 0 && tables.poisoned[max(to.rank, 0)] != 0) != 0) {
-      constexpr float kNan = __builtin_nanf("");
-      float nans[kWidth];
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) nans[j] = kNan;
-      for (int32_t at = part.begin + lane_id(); at < part.end; at += kWarp) {
-        store_vec(out + int64_t{at} * 16, pack<T>(nans));
-      }
-      if (returned != nullptr) *returned = kNan;
-      return true;
+      write_nans(terms.out, token, part);
+      return false;
     }
-    const bool here = kSend && to.rank == shape.rank;  // reduced in place
-    const std::byte* from = nullptr;
-    if (to.rank >= 0 && !here)
-      from = exchange.incoming(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
-    // Of this rank's own slot: its rows, an entry a lane.
-    int32_t row = -1;
-    float weight = 1.0F;
-    const uint32_t own = __ballot_sync(kAllLanes, here);
-    if (kSend && own != 0) {
-      const int32_t slot = __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(own)) - 1);
-      row = slot_row(args, send.route, shape.rank, slot, exchange);
-      if (send.weights != nullptr && row >= 0) weight = send.weights[row];
+    const uint32_t here = __ballot_sync(kAllLanes, is_here(to));
+    if (kSend && here != 0) take_rows(shape.rank, slot_here(to, here), terms);
+    terms.home = true;
+    terms.own = here != 0;
+    if (recv.start != nullptr && __shfl_sync(kAllLanes, to.expert, 0) != kPastEnd)
+      terms.start = static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
+    if (to.leads && !is_here(to)) {
+      work.word = exchange.epoch_of_received(to.rank, to.slot, part);
+      work.rank = to.rank;
     }
-    const uint32_t own_rows = __ballot_sync(kAllLanes, row >= 0);
-    const int32_t first_choice = __shfl_sync(kAllLanes, to.expert, 0);
-    const std::byte* start =
-        recv.start == nullptr || first_choice == kPastEnd
-            ? nullptr
-            : static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
-    const uint32_t away = to.leaders & ~own;
-    bool arrived = false;
-    for (int32_t base = part.begin; base < part.end; base += kVecs * kWarp) {
-      // What this rank owes itself needs nobody else: it is reduced while the others' rows are on their way.
-      float mine[kVecs][kWidth];
-      uint4 near[kVecs];
-      if (arrived) load_partial(from, away, base, part.end, near);
-      if constexpr (kSend) reduce(own_rows, row, weight, base, part.end, mine);
-      if (!arrived) {
-        if (!await_slots(to, here, number)) return false;
-        arrived = true;
-        load_partial(from, away, base, part.end, near);
-      }
-      add_up(to, from, away, mine, near, start, base, part.end, out);
-    }
-    if (number == 0 && recv.returned != nullptr) {
-      if (!arrived && !await_slots(to, here, number)) return false;  // a part without values
-      const int entry = to.entry();
-      const int32_t own_row = __shfl_sync(kAllLanes, row, entry);
-      if (returned != nullptr) {
-        *returned = to.rank < 0 || entry >= args.entries ? 0.0F
-                    : !here ? __ldcg(reinterpret_cast<const float*>(from + args.home_stride) + entry)
-                    : kSend && own_row >= 0 ? send.returns[own_row]
-                                            : 0.0F;
-      }
-    }
+    sort_partials(to, to.leaders & ~here, terms);
     return true;
   }
 
-  // By a warp: a token's slots on other ranks. False: stopped.
-  __device__ __forceinline__ bool await_slots(const Destinations& to, bool here, int32_t number) {
-    bool come = true;
-    if (to.leads && !here) come = exchange.await_slot(to.rank, to.slot, number);
+  // Behind the rows come the sums that the lanes in `away` have, ranks ascending.
+  __device__ __forceinline__ void sort_partials(const Destinations& to, uint32_t away, Terms& terms) {
+    int32_t place = 0;
+    for (uint32_t left = away; left != 0; left &= left - 1) {
+      if (__shfl_sync(kAllLanes, to.rank, __ffs(static_cast<int>(left)) - 1) < to.rank) ++place;
+    }
+    const auto sum = reinterpret_cast<uint64_t>(sum_of(to));
+    for (uint32_t left = away; left != 0; left &= left - 1) {
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      const uint64_t from = __shfl_sync(kAllLanes, sum, lane);
+      if (lane_id() != terms.rows + __shfl_sync(kAllLanes, place, lane)) continue;
+      terms.row = reinterpret_cast<const std::byte*>(from);
+      terms.weight = 1.0F;
+    }
+    terms.partials = __popc(away);
+    terms.partials_before =
+        __popc(__ballot_sync(kAllLanes, (away >> lane_id() & 1U) != 0 && to.rank < shape.rank));
+  }
+
+  // False: stopped.
+  __device__ __forceinline__ bool end_gather(int32_t unit, const Work& work) {
+    if (recv.returned == nullptr || (unit & (args.parts - 1)) != 0) return true;
+    if (!await_slots(work)) return false;  // of a part without values
+    const int32_t token = args.begin() + (unit >> args.part_shift);
+    const Destinations to = destinations_of(args, recv.home, slots, token);
+    const uint32_t here = __ballot_sync(kAllLanes, is_here(to));
+    int32_t row = -1;
+    if (kSend && here != 0) row = slot_row(args, send.route, shape.rank, slot_here(to, here), exchange);
+    const int entry = to.entry();
+    const int32_t own_row = __shfl_sync(kAllLanes, row, entry);
+    if (lane_id() >= shape.top_k) return true;
+    recv.returned[int64_t{token} * shape.top_k + lane_id()] =
+        to.rank < 0 || entry >= args.entries ? 0.0F
+        : !is_here(to) ? __ldcg(reinterpret_cast<const float*>(sum_of(to) + args.home_stride) + entry)
+        : kSend && own_row >= 0 ? send.returns[own_row]
+                                : 0.0F;
+    return true;
+  }
+
+  __device__ __forceinline__ void write_nans(std::byte* out, int32_t token, int32_t number) const {
+    constexpr float kNan = __builtin_nanf("");
+    const Span part = part_of_row(number);
+    float nans[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) nans[j] = kNan;
+    for (int32_t at = part.begin + lane_id(); at < part.end; at += kWarp) {
+      store_vec(out + int64_t{at} * 16, pack<T>(nans));
+    }
+    if (number == 0 && recv.returned != nullptr && lane_id() < shape.top_k) {
+      recv.returned[int64_t{token} * shape.top_k + lane_id()] = kNan;
+    }
+  }
+
+  // By a warp: what each lane waits for. False: stopped.
+  __device__ __forceinline__ bool await_slots(const Work& work) {
+    const bool come = work.word == nullptr || exchange.await(work.word, work.rank);
     const bool all = __ballot_sync(kAllLanes, !come) == 0;
     __syncwarp();
     return all;
-  }
-
-  // The first 16 bytes of each vector of the first of other ranks' sums, before they are needed.
-  __device__ __forceinline__ void load_partial(const std::byte* from, uint32_t away, int32_t base,
-                                               int32_t end, uint4 (&near)[kVecs]) const {
-    if (away == 0 || sizeof(W) != sizeof(T)) return;
-    const auto* partial = reinterpret_cast<const std::byte*>(
-        __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), __ffs(static_cast<int>(away)) - 1));
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int32_t at = base + i * kWarp + lane_id();
-      if (at < end) near[i] = load_shared_vec(partial + int64_t{at} * 16);
-    }
-  }
-
-  // Some vectors of each lane: what is given, then every rank's sum, ranks ascending.
-  __device__ __forceinline__ void add_up(const Destinations& to, const std::byte* from, uint32_t away,
-                                         const float (&mine)[kVecs][kWidth], const uint4 (&near)[kVecs],
-                                         const std::byte* start, int32_t base, int32_t end,
-                                         std::byte* out) const {
-    float acc[kVecs][kWidth];
-    const float none = start_of_sum(to.leaders == 0);
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int32_t at = base + i * kWarp + lane_id();
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) acc[i][j] = none;
-      if (start != nullptr && at < end) load_values<T, false>(start + int64_t{at} * 16, acc[i]);
-    }
-    for (uint32_t left = to.leaders; left != 0;) {
-      const bool waits = (left >> lane_id() & 1U) != 0;
-      const uint32_t rank = __reduce_min_sync(kAllLanes, waits ? static_cast<uint32_t>(to.rank) : ~0U);
-      const uint32_t chosen = __ballot_sync(kAllLanes, waits && static_cast<uint32_t>(to.rank) == rank);
-      left &= ~chosen;
-      float sums[kWidth];
-      if (kSend && rank == static_cast<uint32_t>(shape.rank)) {
-#pragma unroll
-        for (int i = 0; i < kVecs; ++i) {
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) sums[j] = to_float(from_float<W>(mine[i][j]));
-          accumulate(acc[i], sums, 1.0F);
-        }
-        continue;
-      }
-      const bool loaded = sizeof(W) == sizeof(T) && (away & (0U - away)) == chosen;
-      const auto* partial = reinterpret_cast<const std::byte*>(
-          __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), __ffs(static_cast<int>(chosen)) - 1));
-#pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        const int32_t at = base + i * kWarp + lane_id();
-        if (at >= end) continue;
-        if (loaded) {
-          unpack<T>(near[i], sums);
-        } else {
-          load_values<W, true>(partial + int64_t{at} * kWidth * sizeof(W), sums);
-        }
-        accumulate(acc[i], sums, 1.0F);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int32_t at = base + i * kWarp + lane_id();
-      if (at < end) store_vec(out + int64_t{at} * 16, pack<T>(acc[i]));
-    }
   }
 
   __device__ __forceinline__ void poison() {
@@ -360,6 +322,8 @@ struct Home {
   }
 };
 
+__host__ __device__ inline int64_t rings_at(const SlotTables& tables) { return round_up(tables.bytes(), 16); }
+
 template <typename T, typename W, int kTopK, bool kSend, bool kRecv>
 __global__ void __launch_bounds__(kThreads, 1)
     home_kernel(const __grid_constant__ Args args, const __grid_constant__ HomeSend send,
@@ -369,12 +333,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const SlotTables tables(args.shape, reinterpret_cast<int32_t*>(memory));
   Exchange exchange(args, state);
   exchange.begin<kSend>();
-  Home<T, W, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
-                                  exchange, state,      tables, share(args.length(), args.begin())}
+  std::byte* rings = reinterpret_cast<std::byte*>(memory) + rings_at(tables);
+  Home<T, W, kTopK, kSend, kRecv>{
+      args, args.shape, send, recv, exchange, state, tables, rings, share(args.length(), args.begin())}
       .run();
 }
 
-size_t table_bytes(const MoeShape& shape) { return static_cast<size_t>(SlotTables(shape, nullptr).bytes()); }
+size_t shared_bytes(const MoeShape& shape) {
+  return static_cast<size_t>(rings_at(SlotTables(shape, nullptr)) + kThreads / kWarp * kRingBytes);
+}
 
 template <bool kSend, bool kRecv, typename Visit>
 auto with_kernel(const MoeShape& shape, Visit&& visit) {
@@ -395,7 +362,7 @@ cudaError_t enqueue(const KernelCall& call, const HomeSend& send, const HomeRecv
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
     return launch_rounds(
         call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
-        [&](const Args& args) { return launch(kernel, call, table_bytes(call.shape), args, send, recv); });
+        [&](const Args& args) { return launch(kernel, call, shared_bytes(call.shape), args, send, recv); });
   });
 }
 
@@ -434,7 +401,7 @@ cudaError_t dispatch_transpose_recv(const KernelCall& call, const DispatchTransp
 }
 
 cudaError_t load_combine(const MoeShape& shape, int* num_sms) {
-  const auto load = [&](auto* kernel) { return load_kernel(kernel, table_bytes(shape), num_sms); };
+  const auto load = [&](auto* kernel) { return load_kernel(kernel, shared_bytes(shape), num_sms); };
   cudaError_t error = with_kernel<true, true>(shape, load);
   if (error == cudaSuccess) error = with_kernel<true, false>(shape, load);
   if (error == cudaSuccess) error = with_kernel<false, true>(shape, load);

@@ -92,7 +92,7 @@ struct Cotangents {
     }
     const Queue queue = exchange.queue(kSendQueue, poisoned ? 0 : args.length(), args.parts);
     for (int32_t unit = queue.take(); unit < queue.end; unit = queue.take()) {
-      send_row(args.begin() + unit / args.parts, unit % args.parts);
+      send_row(args.begin() + (unit >> args.part_shift), unit & (args.parts - 1));
     }
     if (!exchange.has_proxy()) return;
     team.sync();
@@ -101,7 +101,7 @@ struct Cotangents {
 
   __device__ __forceinline__ Part part_of_row(int32_t number) const {
     const int32_t vecs = args.row_bytes / 16;
-    return {vecs * number / args.parts * 16, vecs * (number + 1) / args.parts * 16, 0, 0};
+    return {(vecs * number >> args.part_shift) * 16, (vecs * (number + 1) >> args.part_shift) * 16, 0, 0};
   }
 
   __device__ __forceinline__ void send_row(int32_t token, int32_t number) {
@@ -127,7 +127,7 @@ struct Cotangents {
     if constexpr (kSend) {
       const Queue keeps = exchange.queue(kKeepQueue, args.length(), args.parts);
       for (int32_t unit = keeps.take(); unit < keeps.end; unit = keeps.take()) {
-        keep_row(args.begin() + unit / args.parts, unit % args.parts);
+        keep_row(args.begin() + (unit >> args.part_shift), unit & (args.parts - 1));
       }
     }
     const Span zeros = tail();

@@ -33,6 +33,10 @@ void store(T& word, T value) {
   std::atomic_ref(word).store(value, std::memory_order_release);
 }
 
+uint64_t nanoseconds(Clock::duration duration) {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count());
+}
+
 }  // namespace
 
 Courier::Courier(CourierConfig config)
@@ -52,6 +56,10 @@ void Courier::drain(uint64_t exchanges, Clock::time_point deadline) const {
   while (carries_ && next_ < exchanges && !config_.group.failure() && Clock::now() < deadline) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
+}
+
+CourierStats Courier::stats() const {
+  return {.exchanges = arrived_, .posting_ns = posting_ns_, .arrival_ns = arrival_ns_};
 }
 
 void Courier::work() {
@@ -110,6 +118,7 @@ bool Courier::post_next() {
   const auto lane = static_cast<uint32_t>(number % lanes_);
   Submission& submission = config_.host.submissions[lane];
   if (load(submission.epoch) < number + 1) return false;
+  const auto began = Clock::now();
   const Site* site = config_.sites.at(submission.site);
   if (site == nullptr || submission.kind >= kKinds) {
     throw Error(ErrorKind::kPeer,
@@ -131,6 +140,7 @@ bool Courier::post_next() {
     exchange.post(slots, poisoned);
   }
   underway_.push_back({.ticket = exchange.park(poisoned), .site = call, .round = round, .patience = {}});
+  posting_ns_ += nanoseconds(underway_.back().patience.since - began);
   next_ = number + 1;
   return true;
 }
@@ -152,6 +162,8 @@ bool Courier::receive_oldest() {
   }
   const uint64_t number = oldest.ticket - 1;
   store(config_.host.arrived[number % lanes_], number + 1);
+  arrival_ns_ += nanoseconds(Clock::now() - oldest.patience.since);
+  ++arrived_;
   underway_.pop_front();
   return true;
 }

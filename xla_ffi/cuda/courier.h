@@ -27,6 +27,13 @@ struct CourierConfig {
   std::vector<bool> by_proxy;  // by rank; where none is, only news travel
 };
 
+// What the host's part of exchanges took, in all.
+struct CourierStats {
+  uint64_t exchanges = 0;
+  uint64_t posting_ns = 0;  // from a kernel's submission, as the courier sees it, until all is posted
+  uint64_t arrival_ns = 0;  // from then on until the ranks' messages are here
+};
+
 class Courier {
  public:
   explicit Courier(CourierConfig config);
@@ -36,6 +43,7 @@ class Courier {
   Courier& operator=(const Courier&) = delete;
   // Waits until this many exchanges have been posted, or the group has failed.
   void drain(uint64_t exchanges, Clock::time_point deadline) const;
+  CourierStats stats() const;
 
  private:
   // An exchange that was posted and has not arrived.
@@ -59,6 +67,7 @@ class Courier {
   std::atomic<bool> carries_;
   uint32_t lanes_;
   std::atomic<uint64_t> next_{0};  // exchange to post
+  std::atomic<uint64_t> arrived_{0}, posting_ns_{0}, arrival_ns_{0};
   std::deque<Underway> underway_;
   bool failure_seen_ = false;
   std::optional<Clock::time_point> noticed_;  // when a kernel said that a peer has failed

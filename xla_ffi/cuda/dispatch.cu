@@ -49,11 +49,14 @@ struct Dispatch {
     for (int32_t i = threadIdx.x; i < tables.zeroed; i += kThreads) tables.counts.ranks_before[i] = 0;
     __syncthreads();
     if (open) {
-      if constexpr (kSend) plan();
+      const Roles<kSend, kRecv> roles(args);
+      bool sound = true;
+      if constexpr (kSend) {
+        if (roles.plans()) sound = plan(roles.planners());
+      }
       if (threadIdx.x == 0) trace(4);
-      const bool going = !exchange.stopped(), poisoned = state.poisoned != 0;
-      __syncthreads();  // before anybody stops, or judges the receiving side
-      if (going) exchange_rows(poisoned);
+      // Where all blocks planned together they may have been stopped.
+      if (!roles.split || __syncthreads_or(exchange.stopped() ? 1 : 0) == 0) exchange_rows(roles, !sound);
     }
     exchange.template finish<kSend, kRecv>([&] {
       if constexpr (kRecv) poison();
@@ -71,25 +74,32 @@ struct Dispatch {
     return args.senders != 0 && shape.rounds(args.tokens) == 1;
   }
 
-  __device__ __forceinline__ void exchange_rows(bool poisoned) {
-    const Roles<kSend, kRecv> roles(args);
+  __device__ __forceinline__ void exchange_rows(const Roles<kSend, kRecv>& roles, bool poisoned) {
     if constexpr (kSend) {
-      if (roles.sends) send_rows(roles.senders, poisoned);
+      if (roles.sends) {
+        roles.planned();
+        if constexpr (kRecv) {
+          if (!roles.split) practise(roles.senders);
+        }
+        send_rows(roles.senders, poisoned);
+      }
     }
     if constexpr (kRecv) {
       bool placed = false;
       if (roles.places) placed = place_rows(roles.placers);
       roles.ready();
       if (placed) describe(roles.placers);
+      if (kSend && roles.places) roles.planned();
       if (!exchange.stopped() && load_volatile(&state.poisoned) == 0) receive_rows();
     }
   }
 
   // --- home side ---
 
-  __device__ __forceinline__ void plan() {
+  // By a team. False: this rank's data is wrong.
+  __device__ __forceinline__ bool plan(const Team& team) {
     int32_t num_tokens = *send.num_tokens;
-    find_places(shape, send.expert_map, tables);
+    find_places(shape, team, send.expert_map, tables);
     if (threadIdx.x == 0) trace(2);
     const bool miscounted = num_tokens < 0 || num_tokens > args.tokens;
     if (miscounted) num_tokens = 0;
@@ -97,10 +107,9 @@ struct Dispatch {
     Counts counts = tables.counts;
     if (!adds_up() && (!announces || args.round != 0)) counts.experts_total = nullptr;
     const Routing<kTopK> routing{shape, send, tables, share, homes, num_tokens, &state.bad};
-    const Team everybody{0, kThreads, 0};
     const Span span = adds_up() ? share : Span{0, args.tokens};
-    count_tokens<kTopK>(args, everybody, span, share, counts, routing);
-    __syncthreads();
+    count_tokens<kTopK>(args, team, span, share, counts, routing);
+    team.sync();
     if (threadIdx.x == 0) trace(3);
     if (threadIdx.x == 0) {
       if (miscounted) state.bad = static_cast<unsigned long long>(Fault::kNumTokens);
@@ -109,26 +118,28 @@ struct Dispatch {
     }
     if (adds_up()) {
       add_up_shares(args, exchange, counts);
-      if (exchange.stopped()) return;  // nothing is announced that is not all
+      if (exchange.stopped()) return true;  // nothing is announced that is not all
       if (threadIdx.x == 0) state.bad = ~load_volatile(&args.control->worst[exchange.lane()]);
     }
-    __syncthreads();
+    team.sync();
     const bool sound = state.bad == ~0ULL;
     if (!sound) {
       if (threadIdx.x == 0) {
         state.poisoned = 1;
         if (blockIdx.x == 0) report();
       }
-      for (int32_t i = threadIdx.x; i < tables.zeroed; i += kThreads) tables.counts.ranks_before[i] = 0;
-      for (int32_t i = share.begin * shape.top_k + threadIdx.x; i < share.end * shape.top_k; i += kThreads) {
+      for (int32_t i = team.thread(); i < tables.counted; i += team.threads)
+        tables.counts.ranks_before[i] = 0;
+      for (int32_t i = share.begin * shape.top_k + team.thread(); i < share.end * shape.top_k;
+           i += team.threads) {
         send.home[i] = homes[i] = kNotRouted;
       }
-      __syncthreads();
+      team.sync();
     }
-    if (warp_id() == 0) {
+    const Team announcers{kThreads / 4, team.threads - kThreads / 4, 3};
+    if (team.warp() == 0) {
       number_tokens<kTopK, true>(args, share, tables.counts, homes, slots, ordinals);
-    } else if (static_cast<int>(threadIdx.x) >= kThreads / 2) {
-      const Team announcers{kThreads / 2, kThreads / 2, 3};
+    } else if (announcers.has_me()) {
       for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
         announce(announcers, rank, !sound);
       }
@@ -137,8 +148,9 @@ struct Dispatch {
     if (args.senders != 0) {
       exchange.meet(adds_up() ? 2 : 1);
     } else {
-      __syncthreads();
+      team.sync();
     }
+    return sound;
   }
 
   __device__ __forceinline__ void report() {
@@ -161,10 +173,18 @@ struct Dispatch {
     if (team.thread() == 0) exchange.announce(rank, tables.counts.ranks_total[rank], poisoned);
   }
 
+  // One warp goes through what all will do with what has arrived, on what lies about and to no effect: the
+  // instructions come while the others send.
+  __device__ __forceinline__ void practise(const Team& team) {
+    if (team.warp() != team.warps() - 1 || share.size() == 0) return;
+    keep_row(share.begin, 0, true);
+    receive_row(shape.rank, 0, 0, true);
+  }
+
   __device__ __forceinline__ void send_rows(const Team& team, bool poisoned) {
     const Queue queue = exchange.queue(kSendQueue, args.length(), args.parts);
     for (int32_t unit = queue.take(); unit < queue.end && !poisoned; unit = queue.take()) {
-      send_row(args.begin() + unit / args.parts, unit % args.parts);
+      send_row(args.begin() + (unit >> args.part_shift), unit & (args.parts - 1));
     }
     if (team.thread() == 0) trace(5);
     if (!exchange.has_proxy()) return;
@@ -220,16 +240,12 @@ struct Dispatch {
 
   // Whether there are rows to receive.
   __device__ __forceinline__ bool place_rows(const Team& team) {
-    // Once for practice, where it is on the way of few tokens: while the headers travel, the instructions
-    // come.
+    // Once for practice, where it is on the way of few tokens: while others plan, the instructions come.
 #pragma unroll 1
     for (int practice = args.senders == 0 ? 1 : 0; practice >= 0; --practice) {
-      if (practice == 0 && !await_headers(team)) return false;
+      if (!await_headers(team, practice != 0)) return false;
       read_counts(team, practice != 0);
-      team.sync();
-      const bool usable = !exchange.stopped();
-      team.sync();
-      if (!usable) return false;
+      if (team.any(exchange.stopped())) return false;
       place(shape, team, recv.route.rows, tables.rows);
       team.sync();
     }
@@ -246,19 +262,16 @@ struct Dispatch {
   }
 
   // False: stopped, or this rank's data is wrong.
-  __device__ __forceinline__ bool await_headers(const Team& team) {
+  __device__ __forceinline__ bool await_headers(const Team& team, bool practice) {
     for (int32_t source = team.thread(); source < shape.num_ranks; source += team.threads) {
       uint32_t count = 0;
       bool poisoned = false;
-      if (!exchange.await_header(source, &count, &poisoned)) break;
+      if (!exchange.await_header(source, &count, &poisoned, practice)) break;
       tables.source_slots[source] = static_cast<int32_t>(count);
       if (source != shape.rank || !kSend) atomicMax(tables.most_slots, static_cast<int32_t>(count));
     }
-    team.sync();
-    if (team.thread() == 0) trace(6);
-    // Whoever finds something wrong below must not send others another way.
-    const bool usable = !exchange.stopped() && state.poisoned == 0;
-    team.sync();
+    const bool usable = !team.any(exchange.stopped() || (!kSend && state.poisoned != 0));
+    if (team.thread() == 0) trace(practice ? 14 : 6);
     return usable;
   }
 
@@ -369,13 +382,15 @@ struct Dispatch {
     const Span zeros = tail();
     const Queue clears{&state.taken[kClearQueue], zeros.begin, zeros.end};
     bool keeping = kSend, clearing = zeros.size() > 0;
+    if (threadIdx.x == 0) trace(8);
     int32_t unit = receives.take();
     while (unit < receives.end || keeping || clearing) {
       bool waits = true;
       if (keeping) {
         const int32_t own = keeps.take();
         keeping = own < keeps.end;
-        if (keeping) keep_row(args.begin() + own / args.parts, own % args.parts);
+        if (keeping) keep_row(args.begin() + (own >> args.part_shift), own & (args.parts - 1));
+        if (threadIdx.x == 0) trace(9);
         waits = false;
       } else if (clearing) {
         const int32_t row = clears.take();
@@ -397,7 +412,9 @@ struct Dispatch {
           if (!__shfl_sync(kAllLanes, going, 0)) return;
           if (!__shfl_sync(kAllLanes, come, 0)) break;
           __syncwarp();
+          if (threadIdx.x == 0) trace(12);
           if (!receive_row(here.rank, here.slot, here.part)) return;
+          if (threadIdx.x == 0) trace(13);
         }
         unit = receives.take();
       }
@@ -419,15 +436,15 @@ struct Dispatch {
   }
 
   // One of this rank's own tokens whose experts are here.
-  __device__ __forceinline__ void keep_row(int32_t token, int32_t number) {
+  __device__ __forceinline__ void keep_row(int32_t token, int32_t number, bool practice = false) {
     const Destinations to = destinations_of(args, homes, slots, token);
     const uint32_t here = __ballot_sync(kAllLanes, to.rank == shape.rank);
-    if (here == 0) return;
-    const bool mine = to.rank == shape.rank;
+    if (here == 0 && !practice) return;
+    const bool mine = to.rank == shape.rank && !practice;
     const int64_t at = int64_t{token} * shape.top_k + lane_id();
     const int32_t row =
         mine ? row_of(shape.rank, to.expert - shape.rank * shape.experts_per_rank, ordinals[at]) : -1;
-    if (number == 0) {
+    if (number == 0 && !practice) {
       const int32_t slot = __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(here)) - 1);
       int32_t* rows = recv.route.slot_rows + args.slot_index(shape.rank, slot) * args.entries;
       if (mine) {
@@ -440,16 +457,17 @@ struct Dispatch {
   }
 
   // What has arrived. False: stopped.
-  __device__ __forceinline__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
+  __device__ __forceinline__ bool receive_row(int32_t source, int32_t slot, int32_t number,
+                                              bool practice = false) {
     const std::byte* from = exchange.incoming(source) + args.first_slot + int64_t{slot} * args.stride;
     const std::byte* token = from + args.slot_header_bytes;
     const Part part = part_of_token(args, number);
     bool sound = true;
     const Places places = copy_bytes_to<true>(token, part, [&] {
-      const int32_t row = entry_row(source, slot, from, number == 0, sound);
-      return rows_of(sound ? row : -1);
+      const int32_t row = entry_row(source, slot, from, number == 0 && !practice, sound);
+      return rows_of(sound && !practice ? row : -1);
     });
-    if (!sound) {
+    if (!sound && !practice) {
       if (lane_id() == 0)
         exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kEntry), slot);
       return false;

@@ -6,11 +6,12 @@
 
 namespace pplx::moe::cuda {
 
-// Who does what in a kernel that sends and receives. Of few tokens each block's warps do: some see to the
-// headers while the others send. Of many, the first blocks send, and see to the headers afterwards.
+// Who does what in a kernel that sends and receives. Of few tokens each block's warps take sides: some see to
+// the headers while the others plan and send. Of many, all plan, the first blocks send, and see to the
+// headers afterwards.
 template <bool kSend, bool kRecv>
 struct Roles {
-  static constexpr int kReady = 4;  // barrier
+  static constexpr int kReady = 4, kPlanned = 5;  // barriers
 
   bool split, sends, places;
   Team senders, placers;
@@ -23,6 +24,18 @@ struct Roles {
         senders{0, split ? kThreads : kThreads - kPlacers, 1},
         placers{split ? 0 : kThreads - kPlacers, split ? kThreads : kPlacers, 2} {}
 
+  __device__ __forceinline__ bool plans() const { return split || sends; }
+  __device__ __forceinline__ Team planners() const { return split ? Team{0, kThreads, 1} : senders; }
+  // What the planners of few tokens have found out is known to the placers after this.
+  __device__ __forceinline__ void planned() const {
+    if (split) return;
+    if (sends) {
+      arrive(kPlanned, kThreads);
+      __syncwarp();
+    } else {
+      wait_at(kPlanned, kThreads);
+    }
+  }
   // What the placers have found out is known to all after this.
   __device__ __forceinline__ void ready() const {
     if (split || !places) {
@@ -153,11 +166,16 @@ class Exchange {
     auto* ready = reinterpret_cast<uint64_t*>(peer(rank) + ready_at(shape.rank));
     store_release(ready, epoch());
   }
+  // A part of a slot's epoch on the rank it is sent to. Null: it goes by proxy.
+  __device__ __forceinline__ uint64_t* epoch_of_sent(int32_t rank, int32_t slot, int32_t part) const {
+    std::byte* memory = peer(rank);
+    if (memory == nullptr) return nullptr;
+    return reinterpret_cast<uint64_t*>(memory + epoch_at(args_.shape.rank, slot, part));
+  }
   // By one lane, after its warp's writes to a part of a slot and a __syncwarp.
   __device__ __forceinline__ void publish(int32_t rank, int32_t slot, int32_t part) const {
-    std::byte* memory = peer(rank);
-    if (memory == nullptr) return;
-    store_release(reinterpret_cast<uint64_t*>(memory + epoch_at(args_.shape.rank, slot, part)), epoch());
+    uint64_t* word = epoch_of_sent(rank, slot, part);
+    if (word != nullptr) store_release(word, epoch());
   }
   // By one thread of each block once the block has packed its part of what goes by proxy, after a barrier.
   // `slots(rank)`: of the whole message.
@@ -181,11 +199,14 @@ class Exchange {
     store_release(&to.epoch, epoch());
   }
 
-  // By one thread: waits for a source's header and checks it. False: stopped.
-  __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned) {
+  // By one thread: waits for a source's header and checks it. False: stopped. For practice it does not wait,
+  // and says false whatever it finds.
+  __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned,
+                                               bool practice = false) {
     const auto* word = direct(source) ? reinterpret_cast<const uint64_t*>(own() + ready_at(source))
                                       : &args_.control->host->arrived[lane_];
-    if (!await(word, source)) return false;
+    if (!practice && !await(word, source)) return false;
+    if (source == 0) trace(15);
     RegionHeader header;
     constexpr int kVecs = offsetof(RegionHeader, site) / 16;
     static_assert(kVecs * 16 + 12 == offsetof(RegionHeader, site));
@@ -194,19 +215,18 @@ class Exchange {
     for (int i = 0; i <= kVecs; ++i) some[i] = __ldcg(reinterpret_cast<const uint4*>(incoming(source)) + i);
     memcpy(&header, some, offsetof(RegionHeader, site));
     const MoeShape& shape = args_.shape;
-    if (header.magic != kMagic || header.version != kWireVersion ||
-        header.source != static_cast<uint32_t>(source)) {
-      fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kHeader));
-      return false;
-    }
-    if (header.exchange != number_ || header.kind != static_cast<uint8_t>(args_.kind) ||
-        header.tag != args_.tag || header.tokens != static_cast<uint32_t>(args_.tokens) ||
-        header.round != static_cast<uint32_t>(args_.round) ||
-        header.hidden != static_cast<uint32_t>(shape.hidden) || header.format != shape.format() ||
-        header.top_k != shape.top_k || header.local_experts != shape.experts_per_rank) {
-      fail(Fault::kMismatch, source);
-      return false;
-    }
+    const bool sound = header.magic == kMagic && header.version == kWireVersion &&
+                       header.source == static_cast<uint32_t>(source);
+    const bool same = header.exchange == number_ && header.kind == static_cast<uint8_t>(args_.kind) &&
+                      header.tag == args_.tag && header.tokens == static_cast<uint32_t>(args_.tokens) &&
+                      header.round == static_cast<uint32_t>(args_.round) &&
+                      header.hidden == static_cast<uint32_t>(shape.hidden) &&
+                      header.format == shape.format() && header.top_k == shape.top_k &&
+                      header.local_experts == shape.experts_per_rank;
+    if (practice) return false;
+    if (!sound) fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kHeader));
+    if (sound && !same) fail(Fault::kMismatch, source);
+    if (!sound || !same) return false;
     *slots = header.slots;
     *poisoned = (header.flags & kPoisoned) != 0;
     if (*slots > static_cast<uint32_t>(args_.length())) {
@@ -218,14 +238,23 @@ class Exchange {
     }
     return true;
   }
-  __device__ __forceinline__ bool has_arrived(int32_t source, int32_t slot, int32_t part) const {
-    if (!direct(source)) return true;
-    return load_acquire(reinterpret_cast<const uint64_t*>(own() + epoch_at(source, slot, part))) >= epoch();
+  // Of a slot from `source`. Null: it came by proxy, and is here once its header is.
+  __device__ __forceinline__ uint64_t* epoch_of_received(int32_t source, int32_t slot, int32_t part) const {
+    if (!direct(source)) return nullptr;
+    return reinterpret_cast<uint64_t*>(own() + epoch_at(source, slot, part));
   }
-  // By one lane: a part of a slot. What comes by proxy is here once its header is.
+  __device__ __forceinline__ bool has_arrived(int32_t source, int32_t slot, int32_t part) const {
+    const uint64_t* word = epoch_of_received(source, slot, part);
+    return word == nullptr || load_acquire(word) >= epoch();
+  }
+  // By one lane: a part of a slot.
   __device__ __forceinline__ bool await_slot(int32_t source, int32_t slot, int32_t part) {
-    if (!direct(source)) return true;
-    return await(reinterpret_cast<const uint64_t*>(own() + epoch_at(source, slot, part)), source);
+    const uint64_t* word = epoch_of_received(source, slot, part);
+    return word == nullptr || await(word, source);
+  }
+  // By one lane: until a word has the exchange's epoch. False: stopped.
+  __device__ __forceinline__ bool await(const uint64_t* word, int32_t source) {
+    return load_acquire(word) >= epoch() || await_slowly(args_, state_, word, source);
   }
 
   // Final; the first one wins.
@@ -298,7 +327,7 @@ class Exchange {
   static constexpr uint64_t kNoNumber = ~0ULL;
   static constexpr float kNoTicket = 65535.0F;  // 0 would be that of a recv that nobody differentiates
 
-  __device__ const std::byte* own() const { return peer(args_.shape.rank); }
+  __device__ std::byte* own() const { return peer(args_.shape.rank); }
   // Of the round before this one.
   __device__ int32_t lane_before() const { return lane_ == 0 ? args_.layout.lanes - 1 : lane_ - 1; }
   // The same as RegionLayout says.
@@ -341,10 +370,6 @@ class Exchange {
       return;
     }
     state_.poisoned = load_volatile(&args_.control->poisoned[number % lanes]);
-  }
-
-  __device__ __forceinline__ bool await(const uint64_t* word, int32_t source) {
-    return load_acquire(word) >= epoch() || await_slowly(args_, state_, word, source);
   }
 
   const Args& args_;

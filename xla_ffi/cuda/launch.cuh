@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -73,6 +74,7 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
   const bool sides = call.num_sms > 1 && call.shape.num_ranks > 1 && per_block >= kManyTokens;
 #ifdef PPLX_TRACE
   const char* given = getenv("PPLX_SENDER_SHARE");
+  if (const char* cut = getenv("PPLX_PARTS"); cut != nullptr && sides) parts = atoi(cut);
   const Division division{given != nullptr ? atof(given) : wanted.sender_share, wanted.whole_rows};
 #else
   const Division& division = wanted;
@@ -93,6 +95,7 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
         .tokens = call.tokens,
         .round = round,
         .parts = parts,
+        .part_shift = std::countr_zero(static_cast<uint32_t>(parts)),
         .senders = senders,
         .per_rank = 1.0F / static_cast<float>(call.shape.experts_per_rank),
         .entries = shape.entries(),
@@ -129,7 +132,7 @@ cudaError_t launch(void (*kernel)(Arguments...), const KernelCall& call, size_t 
 }
 
 // Of a multiprocessor's memory; the rest is first-level cache.
-inline constexpr int kSharedPercent = 25;
+inline constexpr int kSharedPercent = 72;
 
 // Loads a kernel and lowers `num_sms` to what runs at a time.
 template <typename Kernel>

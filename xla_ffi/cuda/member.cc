@@ -366,6 +366,7 @@ MemberStats Member::stats() const {
   uint64_t exchanges = exchanges_;
   if (courier_ != nullptr && !closed_ && !group_->failure()) exchanges = block_->next();
   stats.group.exchanges = std::max(stats.group.exchanges, exchanges);
+  if (courier_ != nullptr) stats.courier = courier_->stats();
   stats.device_bytes = bytes(regions_) + bytes(scratch_);
   stats.pinned_bytes = bytes(pinned_) + bytes(host_regions_) + bytes(host_staging_);
   return stats;

@@ -32,6 +32,7 @@ struct MemberOptions {
 struct MemberStats {
   GroupStats group;
   std::vector<bool> nvlink;
+  CourierStats courier;
   size_t device_bytes = 0, pinned_bytes = 0;
   int num_sms = 0;
 };

@@ -95,6 +95,14 @@ class MemberHandle {
     out["device_bytes"] = stats.device_bytes;
     out["pinned_bytes"] = stats.pinned_bytes;
     out["num_sms"] = stats.num_sms;
+    if (const CourierStats& courier = stats.courier; courier.exchanges != 0) {
+      const auto mean = [&](uint64_t ns) { return 1e-9 * ns / courier.exchanges; };
+      nb::dict times;
+      times["exchanges"] = courier.exchanges;
+      times["mean_posting_seconds"] = mean(courier.posting_ns);
+      times["mean_arrival_seconds"] = mean(courier.arrival_ns);
+      out["courier"] = times;
+    }
     return out;
   }
 

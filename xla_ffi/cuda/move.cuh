@@ -15,9 +15,10 @@ struct Part {
 __device__ inline Part part_of_token(const Args& args, int32_t part) {
   if (args.scales == 0) {
     const int32_t vecs = args.row_bytes / 16;
-    return {vecs * part / args.parts * 16, vecs * (part + 1) / args.parts * 16, 0, 0};
+    return {(vecs * part >> args.part_shift) * 16, (vecs * (part + 1) >> args.part_shift) * 16, 0, 0};
   }
-  const int32_t first = args.scales * part / args.parts, last = args.scales * (part + 1) / args.parts;
+  const int32_t first = args.scales * part >> args.part_shift,
+                last = args.scales * (part + 1) >> args.part_shift;
   return {first * kScaleBlock, min(last * kScaleBlock, args.token_bytes), first, last};
 }
 

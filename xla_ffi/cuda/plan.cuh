@@ -36,7 +36,7 @@ struct ChoiceLane {
 template <int kTopK, typename Choices>
 __device__ __forceinline__ void count_tokens(const Args& args, const Team& team, Span span, Span share,
                                              const Counts& counts, const Choices& choices) {
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 3;
   const ChoiceLane<kTopK> lane;
   const MoeShape& shape = args.shape;
   const int32_t round_begin = args.begin(), round_end = round_begin + args.length();

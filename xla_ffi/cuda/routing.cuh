@@ -15,7 +15,7 @@ struct DispatchTables {
   int32_t* source_slots;  // [R]
   int32_t* most_slots;    // [1] of any source
   PlacementTables rows;
-  int32_t* scratch;  // [E], until rows are placed
+  int32_t* scratch;  // [E]
   // [kNearChoices] of the block's share of the tokens, if it is small: physical experts, and what Control's
   // scratch of these names holds otherwise.
   int32_t* homes;
@@ -33,6 +33,7 @@ struct DispatchTables {
     };
     const int32_t physical = shape.physical_experts(), ranks = shape.num_ranks;
     counts = {take(ranks), take(ranks), take(physical), take(physical)};
+    counted = static_cast<int32_t>(at - memory);
     source_slots = take(ranks);
     most_slots = take(1);
     replicated = take(1);
@@ -40,8 +41,8 @@ struct DispatchTables {
     places = take(shape.num_experts);
     copies = take(shape.num_experts);
     replicas = take(physical);
-    scratch = take(physical > shape.num_experts ? physical : shape.num_experts);
-    rows.source_base = scratch;
+    scratch = take(shape.num_experts);
+    rows.source_base = take(physical);
     rows.base = take(shape.experts_per_rank + 1);
     rows.kept = take(shape.experts_per_rank);
     rows.needed = take(1);
@@ -51,33 +52,34 @@ struct DispatchTables {
     ordinals = reinterpret_cast<uint32_t*>(take(kNearChoices));
     words = static_cast<int32_t>(at - memory);
   }
-  int32_t zeroed;  // the first words, which must be zero at first
+  int32_t counted, zeroed;  // the first words, which are `counts`, and which must be zero at first
 };
 
-// Which physical expert serves a token; docs/protocol.md: of several copies, number (token + rank) mod
-// copies.
-static __device__ void find_places(const MoeShape& shape, const int32_t* map, const DispatchTables& tables) {
-  const auto physical = static_cast<uint32_t>(shape.physical_experts());
-  const int32_t mine = threadIdx.x < physical ? map[threadIdx.x] : -1;
+// By a team: which physical expert serves a token; docs/protocol.md: of several copies, number (token + rank)
+// mod copies.
+static __device__ void find_places(const MoeShape& shape, const Team& team, const int32_t* map,
+                                   const DispatchTables& tables) {
+  const int32_t physical = shape.physical_experts();
+  const int32_t mine = team.thread() < physical ? map[team.thread()] : -1;
   const auto in_range = [&](int32_t expert) { return expert >= 0 && expert < shape.num_experts; };
-  for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) tables.places[e] = -1;
-  __syncthreads();
-  for (int32_t p = threadIdx.x; p < shape.physical_experts(); p += kThreads) {
-    const int32_t expert = p < kThreads ? mine : map[p];
+  for (int32_t e = team.thread(); e < shape.num_experts; e += team.threads) tables.places[e] = -1;
+  team.sync();
+  for (int32_t p = team.thread(); p < physical; p += team.threads) {
+    const int32_t expert = p < team.threads ? mine : map[p];
     if (in_range(expert) && atomicCAS(&tables.places[expert], -1, p) != -1) *tables.replicated = 1;
   }
-  __syncthreads();
+  team.sync();
   if (*tables.replicated == 0) return;
-  for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) {
+  for (int32_t e = team.thread(); e < shape.num_experts; e += team.threads) {
     tables.copies[e] = 0;
     tables.scratch[e] = 0;
   }
-  __syncthreads();
-  for (int32_t p = threadIdx.x; p < shape.physical_experts(); p += kThreads) {
+  team.sync();
+  for (int32_t p = team.thread(); p < physical; p += team.threads) {
     if (in_range(map[p])) atomicAdd(&tables.copies[map[p]], 1);
   }
-  __syncthreads();
-  if (warp_id() == 0) {
+  team.sync();
+  if (team.warp() == 0) {
     int32_t end = 0;
     for (int32_t first = 0; first < shape.num_experts; first += kWarp) {
       const int32_t e = first + lane_id();
@@ -93,9 +95,9 @@ static __device__ void find_places(const MoeShape& shape, const int32_t* map, co
     }
     __syncwarp();
     // In ascending order of places, which is the order of a replica's number.
-    for (int32_t first = 0; first < shape.physical_experts(); first += kWarp) {
+    for (int32_t first = 0; first < physical; first += kWarp) {
       const int32_t p = first + lane_id();
-      const int32_t expert = p < shape.physical_experts() ? map[p] : -1;
+      const int32_t expert = p < physical ? map[p] : -1;
       const bool valid = in_range(expert);
       const uint32_t same = __match_any_sync(kAllLanes, valid ? expert : -1 - lane_id());
       if (valid) {
@@ -106,7 +108,7 @@ static __device__ void find_places(const MoeShape& shape, const int32_t* map, co
       __syncwarp();
     }
   }
-  __syncthreads();
+  team.sync();
 }
 
 // The routing of this rank's tokens as the caller gives it, checked.

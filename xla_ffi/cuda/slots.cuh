@@ -17,6 +17,7 @@ struct SlotTables {
   int32_t* most;       // [1] slots that travel between two ranks
   int32_t words;       // of the above
   int32_t* near;       // [kNearChoices] slots of the share's tokens, if there are few
+  std::byte* rings;    // [warps, kRingBytes]
 
   __host__ __device__ SlotTables(const MoeShape& shape, int32_t* memory) {
     const int32_t ranks = (shape.num_ranks + 1) / 2 * 2;
@@ -38,7 +39,7 @@ struct SlotPart {
 };
 // The unit of work with a number: of `ranks` ranks in turn, from the next one on.
 __device__ inline SlotPart slot_part(const Args& args, int32_t unit, int32_t ranks) {
-  const int32_t part = unit % args.parts, at = unit / args.parts;
+  const int32_t part = unit & (args.parts - 1), at = unit >> args.part_shift;
   const int32_t slot = at / ranks, rank = args.shape.rank + (at - slot * ranks) + 1;
   return {rank < args.shape.num_ranks ? rank : rank - args.shape.num_ranks, slot, part};
 }

@@ -31,7 +31,7 @@ struct Args {
   uint64_t tag;
   int32_t tokens;
   int32_t round;
-  int32_t parts;    // of a row; divides kMaxParts
+  int32_t parts, part_shift;  // of a row: 1 << part_shift, at most kMaxParts
   int32_t senders;  // blocks that send before they receive, the others only receive; 0: every block does both
   float per_rank;   // 1 / experts_per_rank
   // What shape and layout say, worked out once by the host: the kernel's code is fetched anew at every
@@ -64,8 +64,10 @@ struct Span {
   __device__ int32_t size() const { return end - begin; }
 };
 __device__ inline Span share(int32_t count, int32_t offset = 0) {
-  return {static_cast<int32_t>(offset + int64_t{count} * blockIdx.x / gridDim.x),
-          static_cast<int32_t>(offset + int64_t{count} * (blockIdx.x + 1) / gridDim.x)};
+  const auto blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
+  const int32_t each = count / blocks, more = count - each * blocks;  // the first blocks take one more
+  const int32_t begin = offset + each * block + min(block, more);
+  return {begin, begin + each + (block < more ? 1 : 0)};
 }
 
 // Per block, in shared memory.

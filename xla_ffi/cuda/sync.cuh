@@ -61,6 +61,16 @@ struct Team {
   __device__ int warps() const { return threads / kWarp; }
   __device__ bool has_me() const { return thread() >= 0 && thread() < threads; }
   __device__ void sync() const { wait_at(barrier, threads); }
+  // Whether it is true in any thread: the same answer for all.
+  __device__ bool any(bool value) const {
+    uint32_t found;
+    asm volatile(
+        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.or.pred q, %2, %3, p; selp.u32 %0, 1, 0, q; }"
+        : "=r"(found)
+        : "r"(value ? 1 : 0), "r"(barrier), "r"(threads)
+        : "memory");
+    return found != 0;
+  }
 };
 
 }  // namespace pplx::moe::cuda

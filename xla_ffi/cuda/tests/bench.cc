@@ -261,9 +261,11 @@ class Bench {
                 there / dispatch / 1e3, back / combine / 1e3);
     std::fflush(stdout);
 #ifdef PPLX_TRACE
-    PPLX_MUST(cudaSetDevice(0));
-    print_dispatch_trace(sms_);
-    print_combine_trace(sms_);
+    for (int rank = 0; rank < cluster_.size(); ++rank) {
+      PPLX_MUST(cudaSetDevice(cluster_.device(rank)));
+      print_dispatch_trace(sms_);
+      print_combine_trace(sms_);
+    }
 #endif
   }
   static void print_head() {
