@@ -23,10 +23,9 @@ import contextlib
 import dataclasses
 import math
 import os
-import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -35,11 +34,25 @@ import numpy as np
 import numpy.typing as npt
 
 from pplx_jax import _core, environment
+from pplx_jax.engine_arguments import as_array, nic_list
+from pplx_jax.engine_handles import (
+    GroupRegions,
+    Pages,
+    PoolMessage,
+    PreparedWrite,
+    ReceivePool,
+    RemotePool,
+    Transfer,
+    WatchWord,
+)
 from pplx_jax.engine_types import (
     MAX_USER_IMMEDIATE,
     Address,
+    GroupEntry,
     ImmCounter,
+    Nic,
     PeerGroup,
+    PoolDescriptor,
     Region,
     RegionDescriptor,
     RemoteRegion,
@@ -56,14 +69,25 @@ from pplx_jax.engine_types import (
 
 __all__ = [
     "Address",
+    "GroupEntry",
+    "GroupRegions",
     "ImmCounter",
+    "Nic",
+    "Pages",
     "PeerGroup",
+    "PoolDescriptor",
+    "PoolMessage",
+    "PreparedWrite",
+    "ReceivePool",
     "Region",
     "RegionDescriptor",
+    "RemotePool",
     "RemoteRegion",
     "ScatterEntry",
     "SimOptions",
+    "Transfer",
     "TransferEngine",
+    "WatchWord",
 ]
 
 _OPEN_CACHE = 1024
@@ -85,6 +109,8 @@ class TransferEngine:
         timeout: seconds that any wait may take unless it says otherwise; ``None`` for 30, or what
             ``PPLX_TIMEOUT`` says.
         sim: what ``"sim"`` does to traffic.
+        nics: up to 8 NICs that share the traffic, names of libfabric domains or :class:`Nic`; None for the first that
+            ``PPLX_NICS`` names. Engines may have different numbers of them.
         cpu: core to pin the worker thread to; ``"auto"`` for one that no other engine of this machine has,
             where the process may use eight cores or more; ``None`` for any.
 
@@ -103,6 +129,7 @@ class TransferEngine:
         bind_address: str | None = None,
         timeout: float | None = None,
         sim: SimOptions | None = None,
+        nics: Sequence[Nic | str] | None = None,
         cpu: int | Literal["auto"] | None = "auto",
     ) -> None:
         typed("fabric", fabric, str, "a string")
@@ -117,13 +144,15 @@ class TransferEngine:
         environment.check()
         set_library_search_path()
         self._process = os.getpid()
+        self._timeout = environment.timeout() if timeout is None else seconds("timeout", timeout)
         self._core = _core.Engine(
             fabric=fabric,
             endpoints=integer("endpoints", endpoints, 1, 64),
             bind_address=bind_address or environment.socket_address() or "",
             nic=next(iter(environment.nics()), ""),
+            nics=nic_list(nics, bind_address or environment.socket_address() or ""),
             cpu=core_number(cpu),
-            timeout=environment.timeout() if timeout is None else seconds("timeout", timeout),
+            timeout=self._timeout,
             sim=dataclasses.asdict(sim or SimOptions()),
         )
         self._address = Address(self._core.address)
@@ -182,7 +211,7 @@ class TransferEngine:
 
         The region is writable if the buffer is. It holds a reference to the memory.
         """
-        view, writable = _as_array(array)
+        view, writable = as_array(array)
         flat = view.reshape(-1).view(np.uint8)
         return Region(self._core.register_buffer(flat, writable), view, writable, self._core)
 
@@ -225,7 +254,7 @@ class TransferEngine:
         src_offset: int = 0,
         dst_offset: int = 0,
         imm: int | None = None,
-    ) -> Future[None]:
+    ) -> Transfer:
         """Write bytes of a region into a peer's region.
 
         Args:
@@ -238,8 +267,7 @@ class TransferEngine:
 
         Returns:
             A future that is done when the source may be changed again, which doesn't say that the peer has
-            seen the bytes: the peer's counter does. It cannot be cancelled. It raises the typed error of a
-            failure.
+            seen the bytes: the peer's counter does. :meth:`Transfer.cancel` takes it back while it has not begun.
         """
         source = self._own(region)
         start = integer("src_offset", src_offset, 0, source.nbytes)
@@ -253,8 +281,126 @@ class TransferEngine:
                 f"length: {size} bytes at dst_offset {offset} do not fit the remote region of "
                 f"{target.nbytes} bytes"
             )
+        immediate = checked_immediate(imm)
+        future = Transfer(self._core)
+        self._core.write(source._core, start, target._core, offset, size, immediate, future, future._id)
+        return future
+
+    def read(
+        self,
+        region: Region,
+        remote: RegionDescriptor | RemoteRegion,
+        length: int | None = None,
+        dst_offset: int = 0,
+        src_offset: int = 0,
+    ) -> Transfer:
+        """Read bytes of a peer's region into a region of this engine; the peer takes no notice.
+
+        Args:
+            region: where the bytes go; writable. They are there when the future is done.
+            remote: the source.
+            length: bytes; the rest of the target by default.
+            dst_offset: where to start in the target, in bytes.
+            src_offset: where to start in the source, in bytes.
+
+        Raises:
+            FabricError: the provider cannot read.
+        """
+        target = self._own(region)
+        if not target.writable:
+            raise ValueError("region: is read-only, bytes cannot be read into it")
+        start = integer("dst_offset", dst_offset, 0, target.nbytes)
+        size = (
+            target.nbytes - start if length is None else integer("length", length, 0, target.nbytes - start)
+        )
+        source = self._resolve("remote", remote)
+        offset = integer("src_offset", src_offset, 0, source.nbytes)
+        if size > source.nbytes - offset:
+            raise ValueError(
+                f"length: {size} bytes at src_offset {offset} are not in the remote region of "
+                f"{source.nbytes} bytes"
+            )
+        future = Transfer(self._core)
+        self._core.read(target._core, start, source._core, offset, size, future, future._id)
+        return future
+
+    def paged_write(
+        self,
+        region: Region,
+        remote: RegionDescriptor | RemoteRegion,
+        page_bytes: int,
+        src_pages: Pages,
+        dst_pages: Pages,
+        count: int | None = None,
+        imm: int | None = None,
+        group: int = 0,
+    ) -> Transfer:
+        """Write pages of a region to pages of a peer's region.
+
+        Args:
+            region: the source. Its pages must not be changed before the future is done.
+            remote: the target.
+            page_bytes: bytes of each page.
+            src_pages: which pages, and where they lie.
+            dst_pages: where they go, one for one.
+            count: the number of pages; needed where neither side lists indices.
+            imm: an immediate, which the peer counts once for every group of pages, when all bytes of the group are
+                visible there.
+            group: pages a group, in the order of the lists; the last may have fewer. 0: one group of all.
+        """
+        source = self._own(region)
+        typed("src_pages", src_pages, Pages, "Pages")
+        typed("dst_pages", dst_pages, Pages, "Pages")
+        lists = [pages.indices for pages in (src_pages, dst_pages) if pages.indices is not None]
+        if count is None:
+            if not lists:
+                raise ValueError("count: is needed where neither src_pages nor dst_pages has indices")
+            count = len(lists[0])
+        pages = integer("count", count, 0, 2**40)
+        size = integer("page_bytes", page_bytes, 1, 2**62)
+        ours, theirs = src_pages._checked("src_pages"), dst_pages._checked("dst_pages")
+        target = self._resolve("remote", remote)
+        immediate = checked_immediate(imm)
+        groups = integer("group", group, 0, 2**40)
+        future = Transfer(self._core)
+        self._core.paged_write(
+            source._core, ours, target._core, theirs, pages, size, immediate, groups, future, future._id
+        )
+        return future
+
+    def open_group(self, group: PeerGroup, descriptors: Sequence[RegionDescriptor]) -> GroupRegions:
+        """Resolve a region of each member of a group, in the order of their ranks, for :meth:`scatter_group`."""
+        self._own_group(group)
+        for index, descriptor in enumerate(descriptors):
+            typed(f"descriptors[{index}]", descriptor, RegionDescriptor, "a RegionDescriptor")
+        sizes = [self._resolve("descriptors", descriptor).nbytes for descriptor in descriptors]
+        core = self._core.open_group(group._core, [bytes(descriptor) for descriptor in descriptors])
+        return GroupRegions(core, sizes, self._core)
+
+    def scatter_group(
+        self, region: Region, targets: GroupRegions, entries: Iterable[GroupEntry], imm: int | None = None
+    ) -> Future[None]:
+        """Write parts of one region to members of a group, each with the same immediate; see :meth:`scatter`."""
+        source = self._own(region)
+        typed("targets", targets, GroupRegions, "GroupRegions")
+        if targets._engine is not self._core:
+            raise ValueError("targets: were opened by another engine")
+        converted = []
+        for index, entry in enumerate(entries):
+            name = f"entries[{index}]"
+            typed(name, entry, GroupEntry, "a GroupEntry")
+            rank = integer(f"{name}.rank", entry.rank, 0, len(targets) - 1)
+            start = integer(f"{name}.src_offset", entry.src_offset, 0, source.nbytes)
+            size = integer(f"{name}.length", entry.length, 0, source.nbytes - start)
+            offset = integer(f"{name}.dst_offset", entry.dst_offset, 0, targets._sizes[rank])
+            integer(f"{name}.length", size, 0, targets._sizes[rank] - offset)
+            converted.append((rank, start, offset, size))
+        immediate = checked_immediate(imm)
         future = _running_future()
-        self._core.write(source._core, start, target._core, offset, size, checked_immediate(imm), future)
+        if converted:
+            self._core.scatter_group(source._core, targets._core, converted, immediate, future)
+        else:
+            future.set_result(None)
         return future
 
     def scatter(
@@ -294,6 +440,44 @@ class TransferEngine:
         """
         return ImmCounter(self._core.imm_counter(integer("imm", imm, 0, MAX_USER_IMMEDIATE)))
 
+    def watch_word(
+        self,
+        writes: Sequence[PreparedWrite] = (),
+        callback: Callable[[int], object] | None = None,
+        address: int | None = None,
+        keepalive: object = None,
+    ) -> WatchWord:
+        """Watch a 64-bit word that somebody else increments.
+
+        Args:
+            writes: posted once for every increment, without Python. Sources must not change while
+                ``posted != completed``.
+            callback: called with the word's value, on a thread of the engine; increments that follow each other
+                fast are told together. It must not wait for the engine.
+            address: of an existing word, aligned to 8 bytes, in memory that the CPU reads: for a GPU's writer pinned and
+                mapped. None: the engine makes one.
+            keepalive: what owns the memory at ``address``.
+
+        Raises:
+            ValueError: the address is not aligned, or a write does not fit its regions.
+        """
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: must be callable, is {type(callback).__name__}")
+        word = 0 if address is None else integer("address", address, 1, 2**64 - 1)
+        prepared = []
+        for index, write in enumerate(writes):
+            name = f"writes[{index}]"
+            typed(name, write, PreparedWrite, "a PreparedWrite")
+            source = self._own(write.region)
+            target = self._resolve(f"{name}.remote", write.remote)
+            start = integer(f"{name}.src_offset", write.src_offset, 0, source.nbytes)
+            offset = integer(f"{name}.dst_offset", write.dst_offset, 0, target.nbytes)
+            size = integer(
+                f"{name}.length", write.length, 0, min(source.nbytes - start, target.nbytes - offset)
+            )
+            prepared.append((source._core, start, target._core, offset, size, checked_immediate(write.imm)))
+        return WatchWord(_core.WatchWord(self._core, word, keepalive, prepared, callback))
+
     # -- two-sided
 
     def send(self, address: Address, payload: bytes | bytearray | memoryview) -> Future[None]:
@@ -316,6 +500,45 @@ class TransferEngine:
         """
         sender, payload = self._core.recv(timeout_of(timeout))
         return Address(sender), payload
+
+    def receive_pool(self, buffer_bytes: int, buffers: int, max_waiting: int = 1024) -> ReceivePool:
+        """Make buffers for messages of any length up to ``buffer_bytes``.
+
+        Args:
+            buffer_bytes: the longest message.
+            buffers: their number: so many messages are here at a time, unread ones and those being read.
+            max_waiting: messages that may wait for a buffer, at their senders; one more is refused.
+        """
+        size = integer("buffer_bytes", buffer_bytes, 1, 2**40)
+        count = integer("buffers", buffers, 1, 2**20)
+        waiting = integer("max_waiting", max_waiting, 0, 2**20)
+        return ReceivePool(_core.ReceivePool(self._core, None, size, count, waiting), size)
+
+    def open_pool(self, descriptor: PoolDescriptor) -> RemotePool:
+        """Connect to a receive pool's owner and resolve the descriptor."""
+        typed("descriptor", descriptor, PoolDescriptor, "a PoolDescriptor")
+        return RemotePool(self._core.open_pool(bytes(descriptor)), self._core)
+
+    def send_to_pool(
+        self, pool: RemotePool, region: Region, length: int | None = None, src_offset: int = 0
+    ) -> Future[None]:
+        """Send bytes of a region into a buffer of a peer's receive pool.
+
+        The future is done when they are there. It raises ``FabricError`` where the pool refused, as too many messages
+        wait, and ``TimeoutError`` where no buffer came free within the engine's timeout.
+        """
+        typed("pool", pool, RemotePool, "a RemotePool")
+        if pool._engine is not self._core:
+            raise ValueError("pool: was opened by another engine")
+        source = self._own(region)
+        start = integer("src_offset", src_offset, 0, source.nbytes)
+        limit = min(source.nbytes - start, pool.buffer_bytes)
+        size = source.nbytes - start if length is None else integer("length", length, 0, limit)
+        if size > limit:
+            raise ValueError(f"length: a buffer of the pool takes {pool.buffer_bytes} bytes, has {size}")
+        future = _running_future()
+        self._core.send_to_pool(pool._core, source._core, start, size, future)
+        return future
 
     # -- groups
 
@@ -342,19 +565,41 @@ class TransferEngine:
         Raises:
             TimeoutError: one did not within ``timeout`` seconds; the text names it.
         """
-        typed("group", group, PeerGroup, "a PeerGroup")
-        if group._engine is not self._core:
-            raise ValueError("group: was made by another engine")
+        self._own_group(group)
         self._core.barrier(group._core, timeout_of(timeout))
 
     # -- the rest
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Return counts since the engine was made: writes, bytes, messages, immediates, errors, polls.
 
-        ``worker_core`` is the core that the worker thread is pinned to, -1 if it is not.
+        ``worker_core`` is the core that the worker thread is pinned to, -1 if it is not. ``nics`` and ``peers`` are lists
+        of dicts, with bytes and operations as they were posted (parts of split ones count one each), those
+        ``outstanding`` with the provider and ``queued`` for it, and ``error``, why it is used no more. A NIC's
+        ``latency_buckets[b]`` counts operations that took less than 2**b and at least 2**(b-1) nanoseconds, of one in 64;
+        ``latency_p50`` and ``latency_p99`` are bounds from it in seconds.
         """
         return self._core.stats()
+
+    def remove_nic(self, index: int) -> None:
+        """Take a NIC out, as if it had failed: its traffic goes over the others.
+
+        Raises:
+            ValueError: it is the last one that works.
+        """
+        self._core.remove_nic(integer("index", index, 0, 7))
+
+    def start_timeline(self, events: int = 65536) -> None:
+        """Record what the engine does: the latest ``events`` operations, arrivals and waits, 48 bytes each."""
+        self._core.start_timeline(integer("events", events, 1, 2**26))
+
+    def stop_timeline(self) -> None:
+        """Stop recording; :meth:`timeline` still has what was recorded."""
+        self._core.stop_timeline()
+
+    def timeline(self) -> str:
+        """Return what was recorded as Chrome-trace JSON, for https://ui.perfetto.dev or chrome://tracing."""
+        return self._core.timeline()
 
     def close(self) -> None:
         """Stop: outstanding operations and waits fail with :class:`GroupClosedError`. Idempotent.
@@ -365,6 +610,11 @@ class TransferEngine:
             with self._lock:
                 self._opened.clear()
         self._core.close()
+
+    def _own_group(self, group: PeerGroup) -> None:
+        typed("group", group, PeerGroup, "a PeerGroup")
+        if group._engine is not self._core:
+            raise ValueError("group: was made by another engine")
 
     def _own(self, region: Region) -> Region:
         typed("region", region, Region, "a Region")
@@ -392,43 +642,6 @@ def _running_future() -> Future[None]:
     future: Future[None] = Future()
     future.set_running_or_notify_cancel()  # the NIC cannot take a write back
     return future
-
-
-def _as_array(array: Any) -> tuple[npt.NDArray[Any], bool]:
-    """Return a C-contiguous NumPy view of `array`'s memory and whether peers may write to it."""
-    if isinstance(array, Region):
-        raise TypeError("array: is a Region already")
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(array, jax.Array):
-        if isinstance(array, jax.core.Tracer):
-            raise TypeError("array: is a tracer; memory can only be registered outside jit")
-        if len(array.sharding.device_set) != 1:
-            raise ValueError(
-                f"array: a jax.Array must be on one device, is on {len(array.sharding.device_set)}; register "
-                "the shards, array.addressable_shards[i].data"
-            )
-        view = np.asarray(array)
-        writable = False
-    elif isinstance(array, np.ndarray):
-        view = array
-        writable = bool(array.flags.writeable)
-    else:
-        try:
-            memory = memoryview(array)
-        except TypeError:
-            raise TypeError(
-                "array: must be a NumPy array, a jax.Array or have the buffer protocol, is "
-                f"{type(array).__name__}"
-            ) from None
-        view = np.asarray(memory)
-        writable = not memory.readonly
-    if view.dtype.hasobject:
-        raise TypeError(f"array: must hold plain data, has dtype {view.dtype}")
-    if view.nbytes == 0:
-        raise ValueError(f"array: must hold at least one byte, has shape {view.shape}")
-    if not view.flags.c_contiguous:
-        raise ValueError("array: must be C-contiguous; register numpy.ascontiguousarray(array)")
-    return view, writable
 
 
 # Engines whose threads complete futures must stop before the interpreter does.

@@ -144,6 +144,12 @@ class RegionDescriptor(_Opaque):
     __slots__ = ()
 
 
+class PoolDescriptor(_Opaque):
+    """Where a receive pool is, for those who send to it. Opaque bytes that pickle."""
+
+    __slots__ = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class SimOptions:
     """What the simulated fabric (``fabric="sim"``) does to traffic; deterministic for a given ``seed``.
@@ -157,6 +163,8 @@ class SimOptions:
         stall_every: about one poll in this many delivers nothing for ``stall_polls`` polls; 0 means never.
         stall_polls: see ``stall_every``.
         queue_depth: outstanding operations that an endpoint accepts before it pushes back.
+        max_write: bytes that one operation takes, longer ones are split; 0 for any number.
+        mutual: refuse accesses by engines that the target has not connected to, as EFA does.
     """
 
     seed: int = 0
@@ -167,6 +175,8 @@ class SimOptions:
     stall_every: int = 0
     stall_polls: int = 64
     queue_depth: int = 4096
+    max_write: int = 0
+    mutual: bool = False
 
     def __post_init__(self) -> None:
         word = 2**32 - 1
@@ -178,6 +188,26 @@ class SimOptions:
         integer("SimOptions.stall_every", self.stall_every, 0, word)
         integer("SimOptions.stall_polls", self.stall_polls, 0, word)
         integer("SimOptions.queue_depth", self.queue_depth, 1, word)
+        integer("SimOptions.max_write", self.max_write, 0, 2**64 - 1)
+        typed("SimOptions.mutual", self.mutual, bool, "a bool")
+
+    @classmethod
+    def efa(cls, seed: int = 0, network: str = "default") -> Self:
+        """Return the limits of AWS EFA: no order, small queues, no access without introduction.
+
+        Use it with ``endpoints=4``, over which writes are then sprayed.
+        """
+        return cls(
+            seed=seed,
+            network=network,
+            reorder=True,
+            max_delay=6,
+            max_pieces=5,
+            stall_every=60,
+            queue_depth=16,
+            max_write=1 << 20,
+            mutual=True,
+        )
 
 
 # ---- handles -----------------------------------------------------------------------------------------------
@@ -297,6 +327,34 @@ class PeerGroup:
 
     def __repr__(self) -> str:
         return f"PeerGroup(rank={self.rank}, size={self.size})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Nic:
+    """One of an engine's NICs.
+
+    Attributes:
+        name: its libfabric domain or device; empty for the first that fits.
+        bind_address: IP address that the socket providers listen on; None for the engine's.
+    """
+
+    name: str = ""
+    bind_address: str | None = None
+
+    def __post_init__(self) -> None:
+        typed("Nic.name", self.name, str, "a string")
+        if self.bind_address is not None:
+            typed("Nic.bind_address", self.bind_address, str, "an IP address or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupEntry:
+    """One member's part of a :meth:`TransferEngine.scatter_group`; offsets and length in bytes."""
+
+    rank: int
+    length: int
+    src_offset: int = 0
+    dst_offset: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import builtins
+import concurrent.futures
 
 
 class PplxError(Exception):
@@ -31,6 +32,10 @@ class MismatchError(PplxError):
     """Two ranks reached different exchanges, or were configured differently. The text names both."""
 
 
+class CancelledError(PplxError, concurrent.futures.CancelledError):
+    """An operation was taken back by its caller before all of it had begun."""
+
+
 class RoutingError(PplxError):
     """The data is wrong: an expert id out of range, a duplicate, more rows than ``rows=``. The group stays
     usable after ``check()``."""
@@ -40,7 +45,15 @@ _BY_NAME: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     **{
         cls.__name__: cls
-        for cls in (FabricError, PeerError, TimeoutError, GroupClosedError, MismatchError, RoutingError)
+        for cls in (
+            FabricError,
+            PeerError,
+            TimeoutError,
+            GroupClosedError,
+            MismatchError,
+            RoutingError,
+            CancelledError,
+        )
     },
 }
 

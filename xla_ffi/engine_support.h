@@ -122,20 +122,40 @@ class Graveyard {
     Py_AddPendingCall([](void*) { return instance().release_all(), 0; }, nullptr);
   }
 
+  // A reference that we own.
+  void bury(PyObject* object) {
+    {
+      const std::lock_guard lock(mutex_);
+      objects_.push_back(object);
+    }
+    Py_AddPendingCall([](void*) { return instance().release_all(), 0; }, nullptr);
+  }
+
   // Needs the GIL.
   void release_all() {
     std::vector<std::unique_ptr<Py_buffer>> buffers;
+    std::vector<PyObject*> objects;
     {
       const std::lock_guard lock(mutex_);
       buffers.swap(buffers_);
+      objects.swap(objects_);
     }
     for (const auto& buffer : buffers) PyBuffer_Release(buffer.get());
+    for (PyObject* const object : objects) Py_DECREF(object);
   }
 
  private:
   std::mutex mutex_;
   std::vector<std::unique_ptr<Py_buffer>> buffers_;
+  std::vector<PyObject*> objects_;
 };
+
+// A Python object that any thread may let go.
+inline std::shared_ptr<PyObject> keep_object(const nb::object& object) {
+  return {object.inc_ref().ptr(), [](PyObject* held) {
+            if (Py_IsInitialized() != 0) Graveyard::instance().bury(held);
+          }};
+}
 
 // A Python object's memory, held until the last engine handle to it is gone.
 struct BufferHold {
@@ -176,6 +196,8 @@ struct Handle {
 using PyRegion = Handle<Region>;
 using PyRemoteRegion = Handle<RemoteRegion>;
 using PyPeerGroup = Handle<PeerGroup>;
+using PyGroupRegions = Handle<GroupRegions>;
+using PyRemotePool = Handle<RemotePool>;
 
 inline nb::bytes to_python(const Bytes& bytes) { return nb::bytes(bytes.data(), bytes.size()); }
 

@@ -172,9 +172,9 @@ struct PageList {
 
 struct PagedWriteRequest {
   const Region* source = nullptr;
-  PageList source_pages;
+  PageList source_pages{};
   const RemoteRegion* target = nullptr;
-  PageList target_pages;
+  PageList target_pages{};
   size_t count = 0;       // of pages
   size_t page_bytes = 0;  // of each
   // Delivered once for every `group` pages in the order of the lists (the last group may be shorter), after
@@ -265,7 +265,7 @@ struct WatchConfig {
   // 8 bytes aligned, in memory that the CPU can read: a GPU's writer needs pinned, mapped memory. Null: the
   // engine allocates one. The word only grows.
   uint64_t* word = nullptr;
-  std::shared_ptr<void> keepalive;    // of the word
+  std::shared_ptr<void> keepalive{};    // of the word
   std::vector<PreparedWrite> writes;  // posted once for every increment, by whoever makes progress
   // Called on the callback thread with the word's value; increments that come fast are told together.
   std::function<void(uint64_t)> changed;
@@ -296,7 +296,7 @@ class PoolDescriptor {
 };
 
 struct PoolConfig {
-  std::shared_ptr<Region> region;  // the buffers, one after another; null: allocated
+  std::shared_ptr<Region> region{};  // the buffers, one after another; null: allocated
   size_t buffer_bytes = 0;
   size_t buffers = 0;         // ignored with a region: as many as fit
   size_t max_waiting = 1024;  // senders' messages that may wait for a buffer; one more is refused
