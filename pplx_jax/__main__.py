@@ -101,6 +101,7 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of a host.")] = 8,
     memory: Annotated[float, typer.Option(help="GB of a GPU.")] = 141.0,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share attention and every expert.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Copies of the whole.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that a rank decodes at a time.")] = 128,
     context: Annotated[int, typer.Option(min=1, help="Cached tokens of a sequence.")] = 4096,
     weights: Annotated[
@@ -124,6 +125,7 @@ def plan(
             gpus=gpus,
             memory=memory,
             tp=tp,
+            dp=dp,
             batch=batch,
             context=context,
             quant=dispatch == "float8",

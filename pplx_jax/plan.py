@@ -45,6 +45,7 @@ class Cluster:
       hosts, gpus: hosts, and GPUs of each.
       memory: of a GPU, GB (10^9 bytes).
       tp: GPUs that share attention and every expert.
+      dp: copies of the whole.
       batch: sequences that the ranks of one tp group decode at a time.
       context: tokens of each sequence in the cache.
       quant: whether dispatched tokens are float8.
@@ -58,6 +59,7 @@ class Cluster:
     gpus: int = 8
     memory: float = 141.0
     tp: int = 1
+    dp: int = 1
     batch: int = 128
     context: int = 4096
     quant: bool = True
@@ -70,13 +72,15 @@ class Cluster:
         for field in dataclasses.fields(self):
             if field.name != "quant" and not getattr(self, field.name) > 0:
                 raise ModelError(f"{field.name} must be above 0, got {getattr(self, field.name)!r}")
-        if self.hosts * self.gpus % self.tp:
-            raise ModelError(f"tp={self.tp} doesn't divide {self.hosts} x {self.gpus} GPUs: choose a divisor")
+        if self.hosts * self.gpus % (self.tp * self.dp):
+            raise ModelError(
+                f"tp={self.tp} x dp={self.dp} doesn't divide {self.hosts} x {self.gpus} GPUs: choose divisors"
+            )
 
     @property
     def ep(self) -> int:
         """Ranks that share the experts."""
-        return self.hosts * self.gpus // self.tp
+        return self.hosts * self.gpus // (self.tp * self.dp)
 
 
 def find_config(name: str) -> tuple[DecoderConfig, bool]:
@@ -162,7 +166,7 @@ class Plan:
     def tokens_per_second(self, *, overlapped: bool) -> float:
         """Of all sequences, at best: everything at a time, or one thing after the other."""
         times = self.times.values()
-        groups = self.cluster.ep
+        groups = self.cluster.ep * self.cluster.dp
         return groups * self.cluster.batch / ((max(times) if overlapped else sum(times)) * 1e-6)
 
 
@@ -285,6 +289,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "ep": plan.cluster.ep,
         "tp": plan.cluster.tp,
+        "dp": plan.cluster.dp,
         "experts_per_rank": plan.experts_per_rank,
         "parameters": {"total": plan.counts.total, "active": plan.counts.active},
         "bytes": {
@@ -319,9 +324,10 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_memory_table(plan))
     console.print(_wire_table(plan))
     console.print(_time_table(plan))
+    ranks = cluster.ep * cluster.dp
     console.print(
-        f"Decoding {cluster.batch} sequences on each of {cluster.ep} ranks is bound by {plan.bound}: at best "
-        f"{plan.tokens_per_second(overlapped=True):,.0f} tokens/s in all if everything overlaps, "
+        f"Decoding {cluster.batch} sequences on each of {ranks} ranks is bound by {plan.bound}: "
+        f"at best {plan.tokens_per_second(overlapped=True):,.0f} tokens/s in all if everything overlaps, "
         f"{plan.tokens_per_second(overlapped=False):,.0f} if nothing does. Computed from rates, not "
         f"measured; latencies and imbalance come on top (docs/models.md)."
     )
@@ -347,7 +353,7 @@ def _placement_table(plan: Plan) -> Table:
         if host is None:
             table.add_row("...", "", "", "", "")
             continue
-        first = host * cluster.gpus // cluster.tp
+        first = host * cluster.gpus // cluster.tp % cluster.ep
         last = min(first + ranks, cluster.ep) - 1
         begin, end = first * plan.experts_per_rank, (last + 1) * plan.experts_per_rank - 1
         table.add_row(

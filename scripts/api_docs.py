@@ -49,6 +49,14 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
         ),
     ),
     ("Errors", "errors", None),
+    ("Models: loading", "models/loading", ("from_pretrained", "from_config", "placement_of", "LoadProgress")),
+    ("Models: generation", "models/generation", ("generate", "stream", "Progress")),
+    ("Models: what all share", "models/decoder", ("Decoder", "LayerReport")),
+    ("Models: configuration", "models/config", ("DecoderConfig",)),
+    ("Models: DeepSeek-V3, Kimi K2", "models/deepseek/config", ("DeepSeekConfig",)),
+    ("Models: Qwen3-MoE", "models/qwen3_moe/config", ("Qwen3MoeConfig",)),
+    ("Models: Mixtral", "models/mixtral/config", ("MixtralConfig",)),
+    ("Models: errors", "models/errors", None),
     ("Multi-process tests", "testing.pool", None),
     ("Multi-host tests", "testing.hosts", None),
     ("Their hosts", "testing.network", None),
@@ -158,7 +166,7 @@ def render() -> str:
         tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
         names = wanted or public_names(tree)
         nodes = {node.name: node for node in tree.body if isinstance(node, Documented)}
-        parts.append(f"## {title}: `pplx_jax.{module}`\n")
+        parts.append(f"## {title}: `pplx_jax.{module.replace('/', '.')}`\n")
         top = [name for name in names if name in exported]
         shown.update(top)
         if top:

@@ -38,6 +38,11 @@ def test_guide():
     assert names["ep"].stats()["state"] == "closed"
 
 
+def test_models():
+    names = run_blocks(ROOT / "docs" / "models.md")
+    assert names["new"].shape == (1, 4)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links(path):
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):

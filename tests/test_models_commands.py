@@ -1,0 +1,237 @@
+"""The commands: generate in one process, in processes that it starts, and as a SLURM job; plan."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from models_hf import VOCAB, build, compute
+
+from pplx_jax import generate_command, plan
+from pplx_jax.models.errors import ModelError
+from pplx_jax.models.registry import PUBLISHED
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Mixtral, with a tokenizer whose words are w0, w1, ..."""
+    folder = tmp_path_factory.mktemp("commands")
+    found = compute(build("mixtral", folder), folder, batch=1, length=6, new=5)
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return found
+
+
+def environment(**changes):
+    """One device a process, and none of the variables of a launcher that runs these tests."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
+    flags = env.get("XLA_FLAGS", "").split()
+    env["XLA_FLAGS"] = " ".join(flag for flag in flags if "device_count" not in flag)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return {**env, "JAX_PLATFORMS": "cpu", **changes}
+
+
+def start(*arguments, **changes):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pplx_jax", "generate", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**changes),
+    )
+
+
+def ended(process, status=0):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == status, err
+    return out, err
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listed(tokens):
+    return ",".join(map(str, tokens))
+
+
+def expected(reference):
+    """The continuation up to Mixtral's end of a text, token 2."""
+    tokens = reference.continuation[0].tolist()
+    return tokens[: tokens.index(2)] if 2 in tokens else tokens
+
+
+def test_generate_text_in_one_process(reference):
+    prompt = " ".join(f"w{token}" for token in reference.tokens[0])
+    out, err = ended(start(reference.folder, "--prompt", prompt, "--max-new-tokens", 5))
+    assert out.startswith(prompt)
+    assert out.removeprefix(prompt).split() == [f"w{token}" for token in expected(reference)]
+    assert "6 tokens of prompt" in err
+    assert "tokens/s" in err
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_generate_starts_processes(reference):
+    tokens = listed(reference.tokens[0])
+    arguments = ("--tokens", tokens, "--mesh", "ep=2", "--max-new-tokens", 5, "--stats")
+    out, err = ended(start(reference.folder, *arguments, COLUMNS="200"))
+    # gloo talks on standard output.
+    assert [int(token) for token in out.splitlines()[-1].split()] == expected(reference)
+    assert "dispatch and combine, 5 steps on 2 ranks" in err
+    # 10 tokens with two experts each: the prompt's six and four more.
+    row = next(line for line in err.splitlines() if line.startswith("│") and "x mean" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:2] == ["0", "20"]
+    assert 10 <= int(cells[2]) <= 20
+    assert "messages over" in err
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_generate_in_a_slurm_job(reference):
+    """The variables that srun sets, by hand; jax.distributed finds its way by them."""
+    shared = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    arguments = ("--tokens", listed(reference.tokens[0]), "--mesh", "ep=2", "--max-new-tokens", 5)
+    ranks = [
+        start(reference.folder, *arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **shared)
+        for i in range(2)
+    ]
+    try:
+        (first, _), (second, _) = (ended(rank) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [int(token) for token in first.splitlines()[-1].split()] == expected(reference)
+    assert not [line for line in second.splitlines() if line and "Gloo" not in line]
+
+
+def test_launchers():
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a[1-2]"}
+    assert generate_command.launched({**slurm, "SLURM_NTASKS": "16"})
+    assert not generate_command.launched({**slurm, "SLURM_NTASKS": "1"})
+    assert not generate_command.launched({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16"})  # a shell of salloc
+    assert generate_command.launched({"JAX_COORDINATOR_ADDRESS": "a:1"})
+    assert not generate_command.launched({})
+
+
+def test_mesh_argument():
+    assert generate_command.parse_mesh("dp=2, ep=4") == {"dp": 2, "ep": 4}
+    assert generate_command.parse_mesh("") == {}
+    for bad in ("ep", "ep=0", "ep=4,ep=2", "ep=-1"):
+        with pytest.raises(ValueError, match="mesh must read like ep=4"):
+            generate_command.parse_mesh(bad)
+
+
+def test_generate_says_what_is_wrong(tmp_path, capsys):
+    assert generate_command.run(generate_command.Options(str(tmp_path), tokens=(1,))) == 1
+    assert "config.json is missing" in capsys.readouterr().err
+    assert generate_command.run(generate_command.Options(str(tmp_path), prompt="Hello")) == 1
+    assert "has no tokenizer.json: download it, or give tokens" in capsys.readouterr().err
+
+
+@pytest.mark.multiprocess
+def test_a_failing_process_ends_the_others(tmp_path):
+    _, err = ended(start(tmp_path, "--tokens", "1", "--mesh", "ep=2"), status=1)
+    assert "config.json is missing" in err
+
+
+# ---- plan --------------------------------------------------------------------------------------------------
+
+
+def test_distinct_ranks_against_drawing():
+    rng = np.random.default_rng(0)
+    for experts, top_k, ranks in ((384, 8, 32), (8, 2, 4), (16, 4, 16), (8, 2, 1)):
+        drawn = np.argsort(rng.random((20_000, experts)), axis=1)[:, :top_k] // (experts // ranks)
+        mean = np.mean([len(set(row)) for row in drawn[:5000]])
+        assert plan.distinct_ranks(experts, top_k, ranks) == pytest.approx(mean, rel=0.02)
+
+
+def test_plan_against_a_model_that_is_there():
+    """Bytes of weights and caches on one device, against those of a real model of the same sizes."""
+    import dataclasses
+
+    import jax
+    from flax import nnx
+
+    from pplx_jax.models.loading import from_config
+
+    config = dataclasses.replace(
+        PUBLISHED["qwen3-30b-a3b"](), num_hidden_layers=1, hidden_size=256, vocab_size=512, num_experts=8
+    )
+    found = plan.make(config, plan.Cluster(hosts=1, gpus=1, batch=2, context=16), float8=False)
+    model = from_config(config)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    assert sum(found.weights.values()) == pytest.approx(held, rel=2e-3)  # but for norms
+    caches = sum(leaf.nbytes for leaf in jax.tree.leaves(model.caches(2, 16)))
+    assert found.cache == caches
+    assert found.wire["dispatch, network"] == 0
+    assert found.rows["all"] == 1
+
+
+def test_plan_of_kimi_k2():
+    found = plan.make(PUBLISHED["kimi-k2"](), plan.Cluster(hosts=4), float8=True)
+    assert found.experts_per_rank == 12
+    assert found.fits
+    # 12 experts of 60 layers, three matrices of 7168 x 2048 bytes each, and their scales.
+    assert found.weights["experts"] == pytest.approx(12 * 60 * 3 * 7168 * 2048 * (1 + 4 / 128**2))
+    # (512 + 64) numbers of two bytes in each of 61 layers.
+    assert found.cache == 128 * 4096 * 61 * 576 * 2
+    row = 7168 + 56 * 4 + math.ceil((8 + 12 * 8) / 16) * 16
+    sent = 128 * 60 * found.rows["other_hosts"]
+    assert found.wire["dispatch, network"] == pytest.approx(sent * row)
+    assert found.wire["combine, network"] == pytest.approx(sent * 7168 * 2)
+    assert found.times["network"] == pytest.approx(sent * (row + 7168 * 2) / 50e9 * 1e6)
+    assert not plan.make(PUBLISHED["kimi-k2"](), plan.Cluster(hosts=1), float8=True).fits
+    slow = plan.make(PUBLISHED["kimi-k2"](), plan.Cluster(hosts=4, network=25.0), float8=True)
+    assert slow.bound == "network"
+
+
+def test_plan_command(tmp_path, capsys):
+    for name in PUBLISHED:
+        copies = 2 if name.startswith("mixtral") else 1
+        plan.run(name, plan.Cluster(hosts=2, batch=16, dp=copies), weights=None, json_output=False)
+        printed = capsys.readouterr().out
+        assert "Memory of a GPU" in printed
+        assert "is bound by" in printed.replace("\n", " ")
+    done = subprocess.run(
+        [sys.executable, "-m", "pplx_jax", "plan", "kimi-k2", "--hosts", "4", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["experts_per_rank"] == 12
+    for name, cluster, match in (
+        ("kimi-k3", {"hosts": 1}, "neither a config.json nor a known model; known are deepseek-r1"),
+        ("kimi-k2", {"hosts": 5}, "ep=40, which doesn't divide the model's 384 experts: choose one of"),
+        ("kimi-k2", {"hosts": 1, "tp": 3}, "tp=3 x dp=1 doesn't divide 1 x 8 GPUs"),
+        ("kimi-k2", {"hosts": 1, "batch": 0}, "batch must be above 0"),
+    ):
+        with pytest.raises(ModelError, match=match):
+            plan.run(name, plan.Cluster(**cluster), weights=None, json_output=False)
+
+
+def test_plan_of_a_folder(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(transformers.MixtralConfig().to_dict()))
+    plan.run(str(tmp_path), plan.Cluster(hosts=1), weights="float8", json_output=True)
+    assert json.loads(capsys.readouterr().out)["experts_per_rank"] == 1

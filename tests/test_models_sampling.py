@@ -1,0 +1,162 @@
+"""Drawing tokens, seeds, ends of texts; caches and masks; a model that learns after it was loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pplx_jax import models
+from pplx_jax.models.cache import LayerCache, causal_mask
+from pplx_jax.models.generation import Progress, stream
+from pplx_jax.models.mixtral import MixtralConfig
+from pplx_jax.models.sampling import sample
+from pplx_jax.models.tokenizer import TextStream
+
+
+def draw(logits, count=20_000, temperature=1.0, top_p=1.0):
+    rows = jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1))
+    chosen = sample(rows, jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
+    return np.bincount(np.asarray(chosen), minlength=rows.shape[1]) / count
+
+
+def test_drawing_follows_the_distribution():
+    logits = np.log([0.5, 0.1, 0.3, 0.1])
+    np.testing.assert_allclose(draw(logits), [0.5, 0.1, 0.3, 0.1], atol=0.015)
+    hot = np.array([0.5, 0.1, 0.3, 0.1]) ** 0.5
+    np.testing.assert_allclose(draw(logits, temperature=2.0), hot / hot.sum(), atol=0.015)
+    assert draw(logits, temperature=0.01)[0] == 1
+
+
+def test_top_p_keeps_the_likeliest():
+    logits = np.log([0.1, 0.5, 0.3, 0.1])
+    # 0.5 is less than 0.6, so the token that reaches it, of 0.3, is a candidate too.
+    np.testing.assert_allclose(draw(logits, top_p=0.6), [0, 5 / 8, 3 / 8, 0], atol=0.015)
+    np.testing.assert_allclose(draw(logits, top_p=0.4), [0, 1, 0, 0])
+    np.testing.assert_allclose(draw(logits, top_p=1e-9), [0, 1, 0, 0])
+
+
+def test_masks():
+    full = causal_mask(2, 3, 6)
+    np.testing.assert_array_equal(full, np.arange(6) <= np.arange(2, 5)[:, None])
+    window = np.asarray(causal_mask(jnp.int32(2), 3, 6, window=2))
+    np.testing.assert_array_equal(window.sum(axis=1), [2, 2, 2])
+    np.testing.assert_array_equal(window.argmax(axis=1), [1, 2, 3])
+
+
+def test_caches_are_written_in_place():
+    cache = LayerCache(jnp.zeros((2, 5, 3)), jnp.zeros((2, 5, 1)))
+    cache = cache.write(jnp.ones((2, 2, 3)), jnp.ones((2, 2, 1)), jnp.int32(1))
+    np.testing.assert_array_equal(cache.first[0, :, 0], [0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(cache.second[1, :, 0], [0, 1, 1, 0, 0])
+    assert cache.length == 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = dataclasses.replace(
+        MixtralConfig.mixtral_8x7b(),
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        intermediate_size=32,
+        moe_intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    return models.from_config(config, dtype=jnp.float32)
+
+
+def test_seeds(model):
+    prompt = np.arange(8).reshape(2, 4)
+
+    def drawn(**options):
+        return np.asarray(models.generate(model, prompt, max_new_tokens=12, cache_length=20, **options))
+
+    hot = drawn(temperature=1.0, seed=1)
+    np.testing.assert_array_equal(hot, drawn(temperature=1.0, seed=1))
+    assert (hot != drawn(temperature=1.0, seed=2)).any()
+    greedy = drawn()
+    np.testing.assert_array_equal(greedy, drawn(temperature=1.0, top_p=1e-9))
+    assert greedy.shape == (2, 12)
+
+
+def test_the_end_of_a_text(model):
+    prompt = np.arange(8).reshape(2, 4)
+    whole = np.asarray(models.generate(model, prompt, max_new_tokens=12, cache_length=20))
+    progress = Progress()
+    steps = stream(
+        model,
+        prompt,
+        max_new_tokens=12,
+        cache_length=20,
+        stop_tokens=(int(whole[0, 2]), int(whole[1, 4])),
+        progress=progress,
+        report=True,
+    )
+    found = np.stack(list(steps), axis=1)
+    # It goes on until the last sequence has had one of them.
+    done = np.isin(whole, [whole[0, 2], whole[1, 4]])
+    end = int(done.argmax(axis=1).max()) + 1
+    np.testing.assert_array_equal(found, whole[:, :end])
+    assert (progress.prompt_tokens, progress.new_tokens) == (4, end)
+    (report,) = progress.reports
+    # Two sequences, two experts a token; without ranks each token is one row.
+    assert int(report.loads.sum()) == 4
+    assert int(report.copies) == 2
+    assert int(report.ok) == 1
+
+
+def test_changed_parameters_count(model):
+    """Compiled programs take the parameters that a model has now."""
+    tokens = np.arange(8).reshape(2, 4)
+    before = np.asarray(model(tokens))
+    kernel = model.head.kernel
+    value = kernel[...]
+    try:
+        kernel[...] = -value
+        np.testing.assert_allclose(model(tokens), -before, rtol=1e-6)
+    finally:
+        kernel[...] = value
+    np.testing.assert_array_equal(model(tokens), before)
+
+
+def test_gradients(model):
+    """It can be fine-tuned: every parameter has a gradient that is finite, and not zero."""
+    tokens = jnp.arange(8).reshape(2, 4)
+
+    @nnx.jit
+    def gradient(model, tokens):
+        def loss(model):
+            return -jax.nn.log_softmax(model(tokens)[:, :-1])[..., 1].mean()
+
+        return nnx.grad(loss)(model)
+
+    for path, leaf in nnx.to_flat_state(gradient(model, tokens)):
+        assert np.isfinite(leaf[...]).all(), path
+        assert np.abs(leaf[...]).max() > 0, path
+
+
+class Bytes:
+    """Tokens are bytes."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, tokens):
+        return bytes(tokens).decode(errors="replace")
+
+
+def test_text_comes_by_characters():
+    stream = TextStream(Bytes())
+    parts = [stream.add(token) for token in "aé€b".encode()]
+    assert parts == ["a", "", "é", "", "", "€", "b"]
+    assert stream.add(0xC3) == ""
+    assert stream.end() == "�"
