@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "proxy/error.h"
+#include "proxy/fabric/verbs_config.h"
 
 namespace pplx {
 
@@ -56,6 +57,7 @@ struct EngineConfig {
   int cpu = kOwnCore;                           // core to pin the worker to
   Duration timeout = std::chrono::seconds(30);  // default of every wait below
   SimConfig sim;
+  VerbsConfig verbs;
 };
 
 // Where a peer can be reached: opaque bytes, equal and hashable by value. Parsing checks every length.

@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <filesystem>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -67,24 +69,57 @@ inline EngineConfig efa_like(uint64_t seed) {
   return config;
 }
 
+// Why fabric "verbs" cannot be tested on this machine; tests/soft_roce makes one where it can. Without
+// loading libibverbs, which forked children then could not use.
+inline std::optional<std::string> no_verbs() {
+  std::error_code ignored;
+  const std::filesystem::directory_iterator devices("/sys/class/infiniband", ignored);
+  if (!ignored && devices != std::filesystem::directory_iterator()) return std::nullopt;
+  return "this machine has no RDMA device (make test ONLY=soft-roce makes one)";
+}
+
+inline EngineConfig verbs(int endpoints = 1) {
+  EngineConfig config = provider("verbs", endpoints);
+  config.timeout = 30s;  // emulated NICs are slow
+  config.verbs.ack_timeout = 14;
+  config.verbs.job = "test";
+  return config;
+}
+
+// So few work requests and receives that all queues are full all the time.
+inline EngineConfig tight_verbs() {
+  EngineConfig config = verbs();
+  config.verbs.send_depth = 2;
+  config.verbs.outstanding = 16;
+  config.verbs.receives = 8;
+  return config;
+}
+
 inline std::vector<FabricCase> all_fabrics() {
   auto split = sim(4);
   split.sim.max_write = 4096;
   auto tight = sim(5);
   tight.sim.queue_depth = 4;
-  return {{"local", local()},
-          {"sim_seed1", sim(1)},
-          {"sim_seed2", sim(2)},
-          {"sim_seed3", sim(3)},
-          {"sim_split", split},
-          {"sim_tight", tight},
-          {"tcp", provider("tcp")},
-          {"shm", provider("shm")},
-          {"tcp_x4", provider("tcp", 4)},
-          {"sim_efa", efa_like(6)},
-          {"sim_nics3", with_nics(sim(7), 3)},
-          {"efa_nics2", with_nics(efa_like(8), 2)},
-          {"tcp_nics2", with_nics(provider("tcp"), 2)}};
+  std::vector<FabricCase> found = {{"local", local()},
+                                   {"sim_seed1", sim(1)},
+                                   {"sim_seed2", sim(2)},
+                                   {"sim_seed3", sim(3)},
+                                   {"sim_split", split},
+                                   {"sim_tight", tight},
+                                   {"tcp", provider("tcp")},
+                                   {"shm", provider("shm")},
+                                   {"tcp_x4", provider("tcp", 4)},
+                                   {"sim_efa", efa_like(6)},
+                                   {"sim_nics3", with_nics(sim(7), 3)},
+                                   {"efa_nics2", with_nics(efa_like(8), 2)},
+                                   {"tcp_nics2", with_nics(provider("tcp"), 2)}};
+  if (!no_verbs()) {
+    found.insert(found.end(), {{"verbs", verbs()},
+                               {"verbs_x4", verbs(4)},
+                               {"verbs_tight", tight_verbs()},
+                               {"verbs_nics2", with_nics(verbs(), 2)}});
+  }
+  return found;
 }
 
 inline std::string case_name(const ::testing::TestParamInfo<FabricCase>& info) { return info.param.name; }

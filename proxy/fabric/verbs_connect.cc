@@ -1,0 +1,247 @@
+// The handshake's datagrams: sent until they are answered, checked when they arrive.
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "proxy/fabric/verbs_fabric.h"
+#include "proxy/log.h"
+
+namespace pplx {
+namespace {
+
+constexpr auto kFirstInterval = std::chrono::milliseconds(10);
+constexpr auto kLongestInterval = std::chrono::milliseconds(500);
+constexpr auto kRefusalInterval = std::chrono::milliseconds(20);  // a stranger's flood gets few answers
+constexpr auto kByeLimit = std::chrono::milliseconds(50);
+constexpr size_t kMaxPeers = 65536;
+
+std::string seconds_text(Duration duration) {
+  return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(duration).count()) + " ms";
+}
+
+}  // namespace
+
+Handshake VerbsFabric::handshake(Handshake::Type type, const EngineId& to) const {
+  Handshake made;
+  made.type = type;
+  made.job = self_.job;
+  made.to = to;
+  made.nic = device_->address();
+  made.label = self_.label;
+  return made;
+}
+
+// Gives the link a queue pair and tells the peer until it answers.
+void VerbsFabric::start(VerbsLink& link) {
+  Peer& peer = peer_of(link);
+  renew(link);
+  if (peer.self) {
+    // A queue pair may be its own peer.
+    link.connect(peer.nic, link.queue_pair(), link.psn());
+    link.pairing.paired(link.pairing.local(), link.pairing.local());
+    confirmed(link);
+    return;
+  }
+  send_hello(link);
+}
+
+void VerbsFabric::renew(VerbsLink& link) {
+  if (link.is_open()) {
+    queues_[link.pairing.local()] = nullptr;
+    link.close();
+  }
+  if (queues_.size() >= 1U << 24) {
+    throw Error(ErrorKind::kFabric,
+                "verbs " + device_->name() + ": too many reconnections; open a new engine");
+  }
+  const auto number = static_cast<uint32_t>(queues_.size());
+  link.open(number);
+  queues_.push_back(&link);
+  link.pairing.renewed(number);
+  link.hellos = 0;
+  link.interval = kFirstInterval;
+  link.deadline = Clock::now() + connect_timeout_;
+  if (!peer_of(link).self &&
+      std::find(handshaking_.begin(), handshaking_.end(), &link) == handshaking_.end()) {
+    handshaking_.push_back(&link);
+  }
+}
+
+bool VerbsFabric::ensure_path(Peer& peer) {
+  if (peer.path) return true;
+  try {
+    peer.path = device_->make_path(peer.nic);
+  } catch (const Error& error) {
+    peer.trouble = error.what();
+  }
+  return peer.path != nullptr;
+}
+
+void VerbsFabric::send_hello(VerbsLink& link) {
+  Peer& peer = peer_of(link);
+  link.next_hello = Clock::now() + link.interval;
+  link.interval = std::min<Duration>(link.interval * 2, kLongestInterval);
+  ++link.hellos;
+  if (!ensure_path(peer)) return;
+  Handshake hello = handshake(Handshake::Type::kHello, peer.nic.id);
+  hello.wants_reply = !link.pairing.confirmed();
+  hello.link = link.number;
+  hello.number = link.pairing.local();
+  hello.ack = link.pairing.remote();
+  hello.qp = link.queue_pair();
+  hello.psn = link.psn();
+  device_->send_datagram(peer.path.get(), peer.nic.datagram_qp, hello);
+}
+
+void VerbsFabric::repeat_hellos(Clock::time_point now) {
+  for (size_t i = 0; i < handshaking_.size();) {
+    VerbsLink& link = *handshaking_[i];
+    if (now >= link.deadline) {
+      handshaking_[i] = handshaking_.back();
+      handshaking_.pop_back();
+      if (!link.wanted) continue;  // who wanted it has given up
+      Peer& peer = peer_of(link);
+      std::string text = "verbs " + device_->name() + ": no answer from " + peer.label + " at " +
+                         to_text(peer.nic.gid) + " within " + seconds_text(connect_timeout_) + " (" +
+                         std::to_string(link.hellos) + " attempts)";
+      if (!peer.trouble.empty()) text += "; " + peer.trouble;
+      fail_peer(peer, Error(ErrorKind::kPeer, text));
+      continue;
+    }
+    if (now >= link.next_hello) send_hello(link);
+    ++i;
+  }
+}
+
+void VerbsFabric::on_datagram(std::span<const std::byte> bytes) {
+  try {
+    const Handshake received = decode_handshake(bytes);
+    switch (received.type) {
+      case Handshake::Type::kHello:
+        on_hello(received);
+        break;
+      case Handshake::Type::kRefuse:
+        on_refusal(received);
+        break;
+      case Handshake::Type::kBye:
+        on_bye(received);
+        break;
+    }
+  } catch (const Error& error) {
+    log(LogLevel::kWarn, "verbs ", device_->name(), ": a datagram was dropped: ", error.what());
+  }
+}
+
+void VerbsFabric::on_hello(const Handshake& hello) {
+  if (const auto why = refusal(hello, self_)) {
+    refuse(hello, *why);
+    return;
+  }
+  if (peers_.size() >= kMaxPeers) {
+    refuse(hello, self_.label + " has 65536 peers already");
+    return;
+  }
+  Peer& peer = known(hello.nic, hello.label);
+  if (peer.self) return;
+  if (!(peer.nic == hello.nic)) {
+    refuse(hello, self_.label + " knows " + hello.label + " under another NIC's address");
+    return;
+  }
+  if (peer.failed) {
+    refuse(hello, self_.label + " has given " + hello.label + " up: " + peer.failed->what());
+    return;
+  }
+  VerbsLink& link = link_of(peer, hello.link);
+  const bool open = link.is_open() && !link.broken();
+  const auto step = link.pairing.on_hello(hello.number, hello.ack, hello.wants_reply);
+  if (step.renew && link.is_open() && (link.broken() || link.outstanding() > 0 || link.has_chain())) {
+    // The peer's queue pair is a new one, so that what ours holds will never be answered. It comes back
+    // first; the peer repeats itself meanwhile.
+    if (open) break_off(link);
+    return;
+  }
+  if (link.broken()) return;
+  if (step.renew) renew(link);
+  bool now_confirmed = step.confirmed;
+  if (step.pair) {
+    link.connect(hello.nic, hello.qp, hello.psn);
+    now_confirmed = link.pairing.paired(hello.number, hello.ack);
+  }
+  if (step.reply) send_hello(link);
+  if (now_confirmed) confirmed(link);
+}
+
+// Both ends are connected.
+void VerbsFabric::confirmed(VerbsLink& link) {
+  std::erase(handshaking_, &link);
+  for (const auto& returned : std::exchange(link.doubtful, {})) {
+    fail(returned.op, broken_error(link, returned.status), false);
+  }
+  if (!link.held.empty() && std::find(resuming_.begin(), resuming_.end(), &link) == resuming_.end()) {
+    resuming_.push_back(&link);
+  }
+}
+
+void VerbsFabric::refuse(const Handshake& hello, const std::string& why) {
+  log(LogLevel::kWarn, "verbs ", device_->name(), ": a connection was refused: ", why);
+  const auto now = Clock::now();
+  if (now < next_refusal_) return;
+  next_refusal_ = now + kRefusalInterval;
+  Handshake answer = handshake(Handshake::Type::kRefuse, hello.nic.id);
+  answer.link = hello.link;
+  answer.ack = hello.number;
+  answer.text = why;
+  auto& path = strangers_[next_stranger_++ % strangers_.size()];
+  try {
+    path = device_->make_path(hello.nic);
+    device_->send_datagram(path.get(), hello.nic.datagram_qp, answer);
+  } catch (const Error& error) {
+    log(LogLevel::kWarn, error.what());
+  }
+}
+
+void VerbsFabric::on_refusal(const Handshake& received) {
+  if (received.to != self_.id) return;
+  if (received.version != kHandshakeVersion) {
+    const auto why = *refusal(received, self_);
+    for (auto& peer : peers_) {
+      if (peer->nic == received.nic && peer->numbered) {
+        fail_peer(*peer, Error(ErrorKind::kPeer, "the connection was refused: " + why));
+      }
+    }
+    return;
+  }
+  VerbsLink* link = by_queue(received.ack);
+  if (link == nullptr || link->pairing.confirmed() || !(peer_of(*link).nic == received.nic)) return;
+  fail_peer(peer_of(*link), Error(ErrorKind::kPeer, "the connection was refused: " + received.text));
+}
+
+void VerbsFabric::on_bye(const Handshake& bye) {
+  if (bye.to != self_.id || bye.job != self_.job || bye.version != kHandshakeVersion) return;
+  for (auto& peer : peers_) {
+    if (!(peer->nic == bye.nic)) continue;
+    fail_peer(*peer, Error(ErrorKind::kPeer, peer->label + " closed its engine"));
+  }
+}
+
+// Peers would find out, but only after their NIC's last attempt.
+void VerbsFabric::say_bye() {
+  const auto limit = Clock::now() + kByeLimit;
+  const auto sent = [&] {
+    std::array<ibv_wc, 16> work;
+    const int count = ibv_poll_cq(device_->cq(), static_cast<int>(work.size()), work.data());
+    for (int i = 0; i < count; ++i) {
+      const WorkId id = WorkId::unpack(work[static_cast<size_t>(i)].wr_id);
+      if (id.kind == WorkId::Kind::kDatagramSend) device_->datagram_sent(id.index);
+    }
+  };
+  for (auto& peer : peers_) {
+    if (peer->self || peer->failed || !peer->path) continue;
+    while (!device_->may_send_datagram() && Clock::now() < limit) sent();
+    device_->send_datagram(peer->path.get(), peer->nic.datagram_qp,
+                           handshake(Handshake::Type::kBye, peer->nic.id));
+  }
+  while (!device_->datagrams_sent() && Clock::now() < limit) sent();
+}
+
+}  // namespace pplx

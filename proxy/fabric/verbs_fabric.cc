@@ -1,0 +1,162 @@
+#include "proxy/fabric/verbs_fabric.h"
+
+#include <signal.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "proxy/log.h"
+
+namespace pplx {
+namespace {
+
+const char* network_of(const VerbsDevice& device) { return device.ethernet() ? "roce" : "infiniband"; }
+
+void check(const VerbsConfig& config) {
+  const auto in_range = [](const char* what, int value, int least, int most) {
+    if (value >= least && value <= most) return;
+    throw Error(ErrorKind::kInvalidArgument, std::string("VerbsConfig.") + what + " is " +
+                                                 std::to_string(value) + ", not in " + std::to_string(least) +
+                                                 ".." + std::to_string(most));
+  };
+  in_range("gid_index", config.gid_index, -1, 255);
+  in_range("traffic_class", config.traffic_class, 0, 255);
+  in_range("service_level", config.service_level, 0, 15);
+  in_range("ack_timeout", config.ack_timeout, 1, 31);
+  in_range("retries", config.retries, 0, 7);
+}
+
+}  // namespace
+
+VerbsFabric::VerbsFabric(const EngineConfig& config) : connect_timeout_(config.verbs.connect_timeout) {
+  check(config.verbs);
+  device_ = std::make_unique<VerbsDevice>(config);
+  address_ = make_address("verbs", network_of(*device_));
+  device_->set_id(address_.engine);
+  address_.endpoints.push_back(encode(device_->address()));
+  self_ = {address_.engine, address_.label() + " on " + device_->name(), job_hash(config.verbs.job)};
+  caps_.max_write = device_->max_write();
+  caps_.max_message = kVerbsMessageBytes;
+  caps_.queue_depth = device_->send_budget();
+  caps_.rails = static_cast<uint32_t>(config.endpoints);
+  caps_.delivery_complete = true;
+}
+
+VerbsFabric::~VerbsFabric() { close(); }
+
+std::string VerbsFabric::name() const {
+  std::string text = "verbs:" + (device_ ? device_->description() : std::string("closed"));
+  if (caps_.rails > 1) text += " x" + std::to_string(caps_.rails);
+  return text;
+}
+
+FabricMemory VerbsFabric::register_memory(void* data, size_t size) {
+  return device_->register_memory(data, size);
+}
+
+// The engine unregisters memory under operations that it has given up. What is not posted yet must not be
+// posted any more: it would read what is no longer there.
+void VerbsFabric::unregister_memory(const FabricMemory& memory) {
+  if (!device_) return;
+  for (VerbsLink* link : std::exchange(chained_, {})) flush(*link);
+  const Error gone(ErrorKind::kFabric,
+                   "verbs " + device_->name() + ": its memory was unregistered before it was posted");
+  for (auto& peer : peers_) {
+    for (auto& [number, link] : peer->links) {
+      for (FabricOp*& op : link->held) {
+        if (op->local != memory.handle || op->length == 0) continue;
+        fail(op, gone, true);
+        op = nullptr;
+      }
+      std::erase(link->held, nullptr);
+    }
+  }
+  device_->unregister_memory(memory);
+}
+
+uint32_t VerbsFabric::connect(const PeerAddress& peer) {
+  if (peer.fabric != "verbs" || peer.provider != address_.provider) {
+    throw Error(ErrorKind::kInvalidArgument, "the peer " + peer.label() + " uses " + peer.fabric + ":" +
+                                                 peer.provider + ", this engine verbs:" + address_.provider);
+  }
+  Peer& entry = known(decode_nic_address(peer.endpoints[0]), peer.label());
+  if (peer.pid_namespace != 0 && peer.pid_namespace == address_.pid_namespace && peer.host == address_.host) {
+    entry.pid = peer.pid;
+  }
+  entry.numbered = true;
+  numbers_.push_back(entry.index);
+  return static_cast<uint32_t>(numbers_.size() - 1);
+}
+
+VerbsFabric::Peer& VerbsFabric::known(const NicAddress& nic, const std::string& label) {
+  Peer*& entry = peers_by_id_[nic.id];
+  if (entry != nullptr) return *entry;
+  auto made = std::make_unique<Peer>();
+  made->index = static_cast<uint32_t>(peers_.size());
+  made->nic = nic;
+  made->label = label;
+  made->self = nic == device_->address();
+  entry = made.get();
+  peers_.push_back(std::move(made));
+  return *entry;
+}
+
+VerbsLink& VerbsFabric::link_of(Peer& peer, uint8_t number) {
+  auto& link = peer.links[number];
+  if (!link) link = std::make_unique<VerbsLink>(*device_, number, peer.index);
+  return *link;
+}
+
+Post VerbsFabric::post(FabricOp& op, uint8_t number) {
+  Peer& peer = *peers_[numbers_[op.peer]];
+  if (peer.failed) throw *peer.failed;
+  VerbsLink& link = link_of(peer, number);
+  link.wanted = true;
+  if (!link.is_open()) start(link);
+  if (!link.pairing.confirmed() || link.broken() || link.full() || !link.held.empty() ||
+      outstanding_ >= device_->send_budget()) {
+    return Post::kFull;
+  }
+  post_on(link, op);
+  return Post::kPosted;
+}
+
+void VerbsFabric::post_on(VerbsLink& link, FabricOp& op) {
+  const bool listed = link.has_chain();
+  ++outstanding_;
+  if (link.add(op)) {
+    flush(link);
+  } else if (!listed) {
+    chained_.push_back(&link);
+  }
+}
+
+void VerbsFabric::flush(VerbsLink& link) {
+  const size_t held = link.held.size();
+  link.flush();
+  outstanding_ -= static_cast<uint32_t>(link.held.size() - held);
+  if (link.post_error()) break_off(link);
+}
+
+bool VerbsFabric::alive(uint32_t number) {
+  const Peer& peer = *peers_[numbers_[number]];
+  return peer.pid == 0 || kill(static_cast<pid_t>(peer.pid), 0) == 0 || errno != ESRCH;
+}
+
+void VerbsFabric::close() {
+  if (!device_) return;
+  if (!down_) say_bye();
+  peers_.clear();  // queue pairs first: from then on the NIC touches nothing of theirs
+  peers_by_id_.clear();
+  numbers_.clear();
+  queues_.clear();
+  for (auto& path : strangers_) path.reset();
+  device_.reset();
+}
+
+std::unique_ptr<Fabric> make_verbs(const EngineConfig& config) {
+  return std::make_unique<VerbsFabric>(config);
+}
+
+}  // namespace pplx
