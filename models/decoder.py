@@ -247,4 +247,8 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         x = self.norm(x)
         weights = self.embedding[...].T if self.head is None else self.head.value()
         logits = jnp.dot(x, weights, preferred_element_type=jnp.float32)
+        # Said here, or the partitioner may gather the head's weights to make logits that are whole.
+        middle = (None,) * (logits.ndim - 2)
+        tp = self.placement.tp(self.config.vocab_size)
+        logits = self.placement.constrain(logits, self.placement.batch(batch), *middle, tp)
         return logits, (kept if caches is not None else None), reports

@@ -88,6 +88,12 @@ def stream(
             f"a prompt of {prompt.shape[1]} tokens and max_new_tokens={max_new_tokens} exceed "
             f"cache_length={cache_length}: make it at least {needed}, or shorten the prompt"
         )
+    most = model.placement.longest(prompt.shape[0])
+    if most == 0:
+        raise ModelError(
+            f"{prompt.shape[0]} sequences are more than the model was loaded for: give from_pretrained a "
+            f"larger max_tokens, or take fewer at a time"
+        )
     return _stream(
         model,
         prompt.astype(np.int32),
@@ -95,7 +101,7 @@ def stream(
         (temperature, top_p, seed),
         frozenset(stop_tokens),
         cache_length or needed,
-        min(prefill_chunk, prompt.shape[1]),
+        min(prefill_chunk, prompt.shape[1], most or prefill_chunk),
         progress or Progress(),
         report,
     )
@@ -126,7 +132,7 @@ def _stream(
         part = prompt[:, start : start + chunk]
         live = part.shape[1]
         part = np.pad(part, ((0, 0), (0, chunk - live)))
-        chosen, _, caches, progress.reports = programs.step(
+        chosen, caches, progress.reports = programs.step(
             state, caches, part, start, num_tokens=live, options=options, report=report
         )
         # Programs queued without a pause can starve each other of threads on CPU.
@@ -143,7 +149,7 @@ def _stream(
         done |= np.isin(token, list(stop))
         if done.all() or position + 1 == size + count:
             return
-        chosen, _, caches, progress.reports = programs.step(
+        chosen, caches, progress.reports = programs.step(
             state, caches, token[:, None], position, options=options, report=report
         )
         token = np.asarray(chosen)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from pplx_jax.models.cache import LayerCache
 from pplx_jax.models.decoder import Decoder, LayerReport
+from pplx_jax.models.errors import ModelError
 from pplx_jax.models.sampling import sample
 
 
@@ -29,17 +30,14 @@ class Programs:
     _known: ClassVar[weakref.WeakKeyDictionary[Decoder, Programs]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: Decoder) -> None:
-        self.placement = model.placement
+        placement = self.placement = model.placement
         graph, _ = nnx.split(model)
         replicated = model.placement.sharding()
 
         @jax.jit
         def forward(state: Any, tokens: jax.Array) -> jax.Array:
             logits: jax.Array = nnx.merge(graph, state).step(tokens, None, 0)[0]
-            return model_constrain(logits)
-
-        def model_constrain(x: jax.Array) -> jax.Array:
-            return self.placement.constrain(x)
+            return placement.constrain(logits)
 
         @partial(jax.jit, static_argnums=(1, 2))
         def caches(state: Any, batch: int, length: int) -> list[LayerCache]:
@@ -55,16 +53,17 @@ class Programs:
             num_tokens: jax.Array | None,
             options: tuple[jax.Array, jax.Array, jax.Array] | None,
             report: bool,
-        ) -> tuple[jax.Array, jax.Array, list[LayerCache], list[LayerReport]]:
+        ) -> tuple[jax.Array, list[LayerCache], list[LayerReport]]:
             logits, caches, reports = nnx.merge(graph, state).step(
                 tokens, caches, position, num_tokens=num_tokens, last=True, report=report
             )
-            logits = model_constrain(logits)
+            # Each rank draws for its own sequences; only the tokens are gathered.
             if options is None:
-                return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, caches, reports
-            key, temperature, top_p = options
-            chosen = sample(logits, jax.random.fold_in(as_key(key), position), temperature, top_p)
-            return chosen, logits, caches, reports
+                chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            else:
+                key, temperature, top_p = options
+                chosen = sample(logits, jax.random.fold_in(as_key(key), position), temperature, top_p)
+            return placement.constrain(chosen), caches, reports
 
         self._forward, self._caches, self._step = forward, caches, step
         self._replicated = replicated
@@ -89,6 +88,14 @@ class Programs:
         if not isinstance(tokens, jax.Array):
             tokens = np.asarray(tokens)
         model.check_tokens(tokens, tokens.shape[1] if tokens.ndim == 2 else 0)
+        most = self.placement.longest(tokens.shape[0])
+        if most is not None and self.placement.ep is not None and tokens.shape[1] > most:
+            needed = -(-tokens.size // self.placement.size("dp", "ep"))
+            raise ModelError(
+                f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens are {needed} on each rank, more than "
+                f"the {self.placement.ep.config.max_tokens} that the model was loaded for: give "
+                f"from_pretrained max_tokens={needed}, or use generate, which goes in chunks"
+            )
         logits: jax.Array = self._forward(nnx.state(model), self.place(tokens))
         return logits
 
@@ -107,7 +114,7 @@ class Programs:
         num_tokens: int | None = None,
         options: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         report: bool = False,
-    ) -> tuple[jax.Array, jax.Array, list[LayerCache], list[LayerReport]]:
+    ) -> tuple[jax.Array, list[LayerCache], list[LayerReport]]:
         """A chunk of a prompt, or one token of each sequence.
 
         Args:
@@ -120,10 +127,10 @@ class Programs:
           report: whether to report about exchanges.
 
         Returns:
-          (next, logits, caches, reports): int32 [B], the sampled next token; float32 [B, V].
+          (next, caches, reports): int32 [B], the next token, the same on every device.
         """
         count = None if num_tokens is None else self.place(np.int32(num_tokens))
-        out: tuple[jax.Array, jax.Array, list[LayerCache], list[LayerReport]] = self._step(
+        out: tuple[jax.Array, list[LayerCache], list[LayerReport]] = self._step(
             state,
             caches,
             self.place(tokens),
@@ -133,6 +140,12 @@ class Programs:
             report,
         )
         return out
+
+    def lowered_step(self, state: Any, caches: list[LayerCache], tokens: Any) -> Any:
+        """The greedy program of `step` as ``jax.stages.Lowered``, to look into."""
+        return self._step.lower(
+            state, caches, self.place(tokens), self.place(np.int32(0)), None, None, report=False
+        )
 
     def sampling_options(
         self, temperature: float, top_p: float, seed: int

@@ -59,6 +59,13 @@ class Placement:
             return None
         return tuple(axis for axis in self.mesh.axis_names if axis in ("dp", "ep"))
 
+    def longest(self, batch: int) -> int | None:
+        """Most tokens of each of ``batch`` sequences that the experts' group takes at once; None: any."""
+        if self.ep is None:
+            return None
+        # Tokens are split evenly over dp and ep, the last rank's padded.
+        return self.ep.config.max_tokens * self.size("dp", "ep") // batch
+
     def metadata(self, *spec: Any) -> dict[str, Any]:
         """Of an `nnx.Param` that lies so."""
         if self.mesh is None or all(entry is None for entry in spec):

@@ -135,6 +135,8 @@ def build(variant: str, folder: Path, *, seed: int = 0, shard: str | None = None
     }
     make_config, make_model = configs[family]
     config = make_config(vocab_size=VOCAB, **{**_SIZES[family], **changes})
+    # More threads than cores that are free wait for each other.
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = make_model(config).eval()
     with torch.no_grad():

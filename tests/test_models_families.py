@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from models_hf import TOLERANCE, VARIANTS, build, compute, difference
+from models_hf import TOLERANCE, VARIANTS, VOCAB, build, compute, difference
 
 from pplx_jax import models
 from pplx_jax.models.programs import Programs
@@ -97,6 +99,36 @@ def test_meshes(references, variant, axes):
         config = model.config
         assert held[0] == config.num_experts // axes["ep"]
         assert held[2] == config.moe_intermediate_size // axes.get("tp", 1)
+
+
+@pytest.mark.parametrize("axes, most", [({"ep": 4}, 8), ({"dp": 2, "ep": 2, "tp": 2}, 8 * VOCAB)])
+def test_collectives_of_decoding(references, axes, most):
+    """Besides dispatch and combine: the tokens; and with tp sums of partial results, but never weights."""
+    reference = references("deepseek_v3")
+    model = models.from_pretrained(reference.folder, mesh=mesh_of(**axes), name="collectives")
+    programs, state = Programs.of(model), nnx.state(model)
+    lowered = programs.lowered_step(state, programs.caches(model, 8, 64), np.zeros((8, 1), np.int32))
+    pattern = r"= \(?\w+\[([\d,]*)\]\S* (?:all-\w+|reduce-scatter|collective-permute|ragged-all-to-all)\("
+    found = re.findall(pattern, lowered.compile().as_text())
+    assert found
+    assert max(np.prod([int(size) for size in shape.split(",") if size]) for shape in found) <= most
+    if "tp" not in axes:
+        assert len(found) == 1
+
+
+def test_more_tokens_than_a_rank_takes(references):
+    """A smaller max_tokens: generate goes in smaller chunks, a whole forward pass says what to do."""
+    reference = references("mixtral")
+    model = models.from_pretrained(reference.folder, mesh=mesh_of(ep=2), name="few", max_tokens=11)
+    with model.placement.ep:
+        with pytest.raises(
+            models.ModelError, match=r"are 74 on each rank.*give from_pretrained max_tokens=74"
+        ):
+            model(reference.tokens)
+        found = models.generate(model, reference.tokens, max_new_tokens=3)
+        np.testing.assert_array_equal(found, reference.continuation[:, :3])
+        with pytest.raises(models.ModelError, match="23 sequences are more than"):
+            models.generate(model, np.zeros((23, 2), np.int32), max_new_tokens=1)
 
 
 def test_under_jit(references):
