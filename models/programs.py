@@ -92,8 +92,8 @@ class Programs:
         if most is not None and self.placement.ep is not None and tokens.shape[1] > most:
             needed = -(-tokens.size // self.placement.size("dp", "ep"))
             raise ModelError(
-                f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens are {needed} on each rank, more than "
-                f"the {self.placement.ep.config.max_tokens} that the model was loaded for: give "
+                f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens are {needed} on each rank, more "
+                f"than the {self.placement.ep.config.max_tokens} that the model was loaded for: give "
                 f"from_pretrained max_tokens={needed}, or use generate, which goes in chunks"
             )
         logits: jax.Array = self._forward(nnx.state(model), self.place(tokens))
