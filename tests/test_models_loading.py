@@ -18,7 +18,8 @@ from models_hf import TOLERANCE, build, compute, difference
 from pplx_jax import models
 from pplx_jax.models.checkpoint import DTYPES, Checkpoint
 from pplx_jax.models.loading import from_config, from_pretrained
-from pplx_jax.models.registry import FAMILIES, PUBLISHED
+from pplx_jax.models.quantized import block_of
+from pplx_jax.models.registry import FAMILIES, PUBLISHED, family_of
 from pplx_jax.models.rope import Rope, Yarn
 
 BLOCK = (16, 8)
@@ -365,6 +366,59 @@ def test_configurations_from_transformers():
     ours = PUBLISHED["deepseek-v3"]()
     for field in ("hidden_size", "num_experts", "kv_lora_rank", "n_group", "first_k_dense_replace", "router"):
         assert getattr(theirs, field) == getattr(ours, field)
+
+
+def test_kimi_k2_from_its_config():
+    """The fields of moonshotai/Kimi-K2-Instruct's config.json, as transformers 4 wrote them."""
+    raw = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "kimi_k2",
+        "attention_bias": False,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 131072,
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 384,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "v_head_dim": 128,
+        "vocab_size": 163840,
+    }
+    assert family_of(raw).from_hf(raw) == PUBLISHED["kimi-k2"]()
+    assert block_of(raw) == (128, 128)
 
 
 def test_yarn_against_transformers():
