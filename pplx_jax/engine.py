@@ -109,7 +109,8 @@ class TransferEngine:
         timeout: seconds that any wait may take unless it says otherwise; ``None`` for 30, or what
             ``PPLX_TIMEOUT`` says.
         sim: what ``"sim"`` does to traffic.
-        nics: up to 8 NICs that share the traffic, names of libfabric domains or :class:`Nic`; None for the first that
+        nics: up to 8 NICs that share the traffic, names of libfabric domains or :class:`Nic`; None for the
+            first that
             ``PPLX_NICS`` names. Engines may have different numbers of them.
         cpu: core to pin the worker thread to; ``"auto"`` for one that no other engine of this machine has,
             where the process may use eight cores or more; ``None`` for any.
@@ -267,7 +268,8 @@ class TransferEngine:
 
         Returns:
             A future that is done when the source may be changed again, which doesn't say that the peer has
-            seen the bytes: the peer's counter does. :meth:`Transfer.cancel` takes it back while it has not begun.
+            seen the bytes: the peer's counter does. :meth:`Transfer.cancel` takes it back while it has not
+            begun.
         """
         source = self._own(region)
         start = integer("src_offset", src_offset, 0, source.nbytes)
@@ -344,7 +346,8 @@ class TransferEngine:
             src_pages: which pages, and where they lie.
             dst_pages: where they go, one for one.
             count: the number of pages; needed where neither side lists indices.
-            imm: an immediate, which the peer counts once for every group of pages, when all bytes of the group are
+            imm: an immediate, which the peer counts once for every group of pages, when all bytes of the
+                group are
                 visible there.
             group: pages a group, in the order of the lists; the last may have fewer. 0: one group of all.
         """
@@ -369,7 +372,8 @@ class TransferEngine:
         return future
 
     def open_group(self, group: PeerGroup, descriptors: Sequence[RegionDescriptor]) -> GroupRegions:
-        """Resolve a region of each member of a group, in the order of their ranks, for :meth:`scatter_group`."""
+        """Resolve a region of each member of a group, in the order of their ranks, for
+        :meth:`scatter_group`."""
         self._own_group(group)
         for index, descriptor in enumerate(descriptors):
             typed(f"descriptors[{index}]", descriptor, RegionDescriptor, "a RegionDescriptor")
@@ -380,7 +384,8 @@ class TransferEngine:
     def scatter_group(
         self, region: Region, targets: GroupRegions, entries: Iterable[GroupEntry], imm: int | None = None
     ) -> Future[None]:
-        """Write parts of one region to members of a group, each with the same immediate; see :meth:`scatter`."""
+        """Write parts of one region to members of a group, each with the same immediate; see
+        :meth:`scatter`."""
         source = self._own(region)
         typed("targets", targets, GroupRegions, "GroupRegions")
         if targets._engine is not self._core:
@@ -452,9 +457,11 @@ class TransferEngine:
         Args:
             writes: posted once for every increment, without Python. Sources must not change while
                 ``posted != completed``.
-            callback: called with the word's value, on a thread of the engine; increments that follow each other
+            callback: called with the word's value, on a thread of the engine; increments that follow each
+                other
                 fast are told together. It must not wait for the engine.
-            address: of an existing word, aligned to 8 bytes, in memory that the CPU reads: for a GPU's writer pinned and
+            address: of an existing word, aligned to 8 bytes, in memory that the CPU reads: for a GPU's
+                writer pinned and
                 mapped. None: the engine makes one.
             keepalive: what owns the memory at ``address``.
 
@@ -524,8 +531,8 @@ class TransferEngine:
     ) -> Future[None]:
         """Send bytes of a region into a buffer of a peer's receive pool.
 
-        The future is done when they are there. It raises ``FabricError`` where the pool refused, as too many messages
-        wait, and ``TimeoutError`` where no buffer came free within the engine's timeout.
+        The future is done when they are there. It raises ``FabricError`` where the pool refused, as too many
+        messages wait, and ``TimeoutError`` where no buffer came free within the engine's timeout.
         """
         typed("pool", pool, RemotePool, "a RemotePool")
         if pool._engine is not self._core:
@@ -573,11 +580,12 @@ class TransferEngine:
     def stats(self) -> dict[str, Any]:
         """Return counts since the engine was made: writes, bytes, messages, immediates, errors, polls.
 
-        ``worker_core`` is the core that the worker thread is pinned to, -1 if it is not. ``nics`` and ``peers`` are lists
-        of dicts, with bytes and operations as they were posted (parts of split ones count one each), those
-        ``outstanding`` with the provider and ``queued`` for it, and ``error``, why it is used no more. A NIC's
-        ``latency_buckets[b]`` counts operations that took less than 2**b and at least 2**(b-1) nanoseconds, of one in 64;
-        ``latency_p50`` and ``latency_p99`` are bounds from it in seconds.
+        ``worker_core`` is the core that the worker thread is pinned to, -1 if it is not. ``nics`` and
+        ``peers`` are lists of dicts, with bytes and operations as they were posted (parts of split ones
+        count one each), those ``outstanding`` with the provider and ``queued`` for it, and ``error``, why it
+        is used no more. A NIC's ``latency_buckets[b]`` counts operations that took less than 2**b and at
+        least 2**(b-1) nanoseconds, of one in 64; ``latency_p50`` and ``latency_p99`` are bounds from it in
+        seconds.
         """
         return self._core.stats()
 
@@ -590,7 +598,8 @@ class TransferEngine:
         self._core.remove_nic(integer("index", index, 0, 7))
 
     def start_timeline(self, events: int = 65536) -> None:
-        """Record what the engine does: the latest ``events`` operations, arrivals and waits, 48 bytes each."""
+        """Record what the engine does: the latest ``events`` operations, arrivals and waits, 48 bytes
+        each."""
         self._core.start_timeline(integer("events", events, 1, 2**26))
 
     def stop_timeline(self) -> None:

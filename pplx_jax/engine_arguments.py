@@ -13,6 +13,7 @@ from pplx_jax.engine_types import Nic, Region, typed
 
 
 def nic_list(nics: Sequence[Nic | str] | None, bind_address: str) -> list[tuple[str, str]]:
+    """``nics=`` as the C++ side has it: a name and an address each."""
     if nics is None:
         return []
     typed("nics", nics, Sequence, "a list")

@@ -1,8 +1,9 @@
 """The TransferEngine in ``asyncio`` programs.
 
 What is awaited here never blocks the event loop: completions come from the engine's threads by
-``loop.call_soon_threadsafe``. It is safe to cancel: a cancelled transfer takes back what had not begun, and the
-cancellation goes on only when the rest is over, so that memory is the caller's again whenever an ``await`` returns::
+``loop.call_soon_threadsafe``. It is safe to cancel: a cancelled transfer takes back what had not begun, and
+the cancellation goes on only when the rest is over, so that memory is the caller's again whenever an
+``await`` returns::
 
     aio = AsyncEngine(engine)
     async with asyncio.timeout(1.0):
@@ -69,8 +70,8 @@ class AsyncEngine:
     Args:
         engine: the engine, which stays the caller's to close.
 
-    Arguments, units and errors are those of the engine's methods of the same names. Any number of tasks, and threads
-    with the engine itself, may use it at a time.
+    Arguments, units and errors are those of the engine's methods of the same names. Any number of tasks, and
+    threads with the engine itself, may use it at a time.
     """
 
     def __init__(self, engine: TransferEngine) -> None:
@@ -123,7 +124,8 @@ class AsyncEngine:
     async def scatter_group(
         self, region: Region, targets: GroupRegions, entries: Iterable[GroupEntry], imm: int | None = None
     ) -> None:
-        """Write to members of a group; see :meth:`TransferEngine.scatter_group`. A cancellation waits for all."""
+        """Write to members of a group; see :meth:`TransferEngine.scatter_group`. A cancellation waits for
+        all."""
         await _settled(self.engine.scatter_group(region, targets, entries, imm))
 
     async def send(self, address: Address, payload: bytes | bytearray | memoryview) -> None:
@@ -133,7 +135,8 @@ class AsyncEngine:
     async def send_to_pool(
         self, pool: RemotePool, region: Region, length: int | None = None, src_offset: int = 0
     ) -> None:
-        """Send into a receive pool; see :meth:`TransferEngine.send_to_pool`. A cancellation waits for its end."""
+        """Send into a receive pool; see :meth:`TransferEngine.send_to_pool`. A cancellation waits for its
+        end."""
         await _settled(self.engine.send_to_pool(pool, region, length, src_offset))
 
     async def wait(self, counter: ImmCounter, n: int, timeout: float | None = None) -> None:
@@ -151,7 +154,7 @@ class AsyncEngine:
         while True:
             transfer = Transfer(core)
             core.when_message(transfer, transfer._id)
-            await self._within(transfer, max(0.0, until - time.monotonic()), "recv()")
+            await self._within(transfer, limit, "recv()", until - time.monotonic())
             try:
                 return self.engine.recv(timeout=0)
             except PplxTimeoutError:
@@ -182,10 +185,12 @@ class AsyncEngine:
         given = timeout_of(timeout)
         return self.engine._timeout if given is None else given
 
-    async def _within(self, transfer: Transfer, timeout: float | None, what: str) -> None:
+    async def _within(
+        self, transfer: Transfer, timeout: float | None, what: str, left: float | None = None
+    ) -> None:
         limit = self._limit(timeout)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit if left is None else max(0.0, left)):
                 await _settled(transfer)
         except TimeoutError as error:
             if isinstance(error, PplxTimeoutError):

@@ -1,5 +1,4 @@
-"""What the one-sided operations of a :class:`pplx_jax.TransferEngine` take and hand out: pages, transfers, watch words,
-receive pools."""
+"""What operations of a :class:`pplx_jax.TransferEngine` take and hand out."""
 
 from __future__ import annotations
 
@@ -39,9 +38,9 @@ class Transfer(Future[None]):
         """Take back what the NIC does not have yet.
 
         Returns:
-            True if something was taken back: the future raises :class:`CancelledError` as soon as the parts that
-            had begun are over. False if all had begun: it ends as usual. Either way memory may be reused only
-            when the future is done.
+            True if something was taken back: the future raises :class:`CancelledError` as soon as the parts
+            that had begun are over. False if all had begun: it ends as usual. Either way memory may be
+            reused only when the future is done.
         """
         return not self.done() and self._engine.cancel(self._id) > 0
 
@@ -101,9 +100,11 @@ class PreparedWrite:
 
 
 class WatchWord:
-    """A 64-bit word that somebody increments, a CPU or a GPU, and that the engine watches until :meth:`close`.
+    """A 64-bit word that somebody increments, a CPU or a GPU, and that the engine watches until
+    :meth:`close`.
 
-    A writer finishes all data first and then increments the word with release semantics, a GPU at system scope.
+    A writer finishes all data first and then increments the word with release semantics, a GPU at system
+    scope.
     """
 
     def __init__(self, core: _core.WatchWord) -> None:
@@ -195,9 +196,9 @@ class PoolMessage:
 class ReceivePool:
     """Buffers that peers' messages go into, made by :meth:`TransferEngine.receive_pool`.
 
-    A message that finds no free buffer waits at its sender. When more than ``max_waiting`` wait, the next is refused,
-    and its sender gets a ``FabricError``. A sender that does not fill the buffer it was given within twice the engine's
-    timeout costs that buffer (:attr:`lost`): it might still be written.
+    A message that finds no free buffer waits at its sender. When more than ``max_waiting`` wait, the next is
+    refused, and its sender gets a ``FabricError``. A sender that does not fill the buffer it was given within
+    twice the engine's timeout costs that buffer (:attr:`lost`): it might still be written.
     """
 
     def __init__(self, core: _core.ReceivePool, buffer_bytes: int) -> None:

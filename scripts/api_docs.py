@@ -45,9 +45,14 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
             "ImmCounter",
             "PeerGroup",
             "ScatterEntry",
+            "GroupEntry",
+            "Nic",
+            "PoolDescriptor",
             "SimOptions",
         ),
     ),
+    ("What is under way", "engine_handles", None),
+    ("With asyncio", "engine_asyncio", None),
     ("Errors", "errors", None),
     ("Models: loading", "models/loading", ("from_pretrained", "from_config", "placement_of", "LoadProgress")),
     ("Models: generation", "models/generation", ("generate", "stream", "Progress")),
@@ -76,7 +81,7 @@ def public_names(tree: ast.Module) -> tuple[str, ...]:
     return tuple(name for name in defined if not name.startswith("_"))
 
 
-def signature(function: ast.FunctionDef, name: str, *, method: bool) -> str:
+def signature(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str, *, method: bool) -> str:
     """One line, or an argument a line where that would be long."""
     arguments = function.args
     if method and (arguments.posonlyargs or arguments.args):
@@ -124,14 +129,14 @@ def fields(node: ast.ClassDef) -> list[str]:
     return lines
 
 
-def is_property(function: ast.FunctionDef) -> bool:
+def is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether it is read without a call."""
     return any(isinstance(one, ast.Name) and one.id == "property" for one in function.decorator_list)
 
 
 def document_class(node: ast.ClassDef) -> str:
     """A class: how to make one, its text, its methods."""
-    methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+    methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
     init = next((method for method in methods if method.name == "__init__"), None)
     head = signature(init, node.name, method=True).removesuffix(" -> None") if init else node.name
     bases = [ast.unparse(base) for base in node.bases]
@@ -149,6 +154,7 @@ def document_class(node: ast.ClassDef) -> str:
             line = method.name + returns
         else:
             line = signature(method, method.name, method=True)
+            line = f"async {line}" if isinstance(method, ast.AsyncFunctionDef) else line
         parts.append(f"#### `{node.name}.{method.name}`\n\n```text\n{line}\n{text_of(method)}```\n")
     return "\n".join(parts)
 

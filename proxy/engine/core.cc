@@ -42,7 +42,9 @@ EngineCore::~EngineCore() {
 void EngineCore::start() {
   keep_in_forks(this, weak_from_this());
   if (config_.cpu == EngineConfig::kOwnCore) {
-    if ((core_claim_ = CoreClaim::take())) worker_core_ = core_claim_->core();
+    const std::string& nic = config_.nics.empty() ? config_.nic : config_.nics.front().name;
+    core_claim_ = CoreClaim::take(cores_for(config_.near.empty() ? nic : config_.near));
+    if (core_claim_) worker_core_ = core_claim_->core();
   } else {
     worker_core_ = config_.cpu;
   }

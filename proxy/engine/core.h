@@ -85,7 +85,9 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   std::string timeline();
 
   // memory.cc
-  std::shared_ptr<Region> register_memory(void* data, size_t size, std::shared_ptr<void> keepalive);
+  using Register = std::function<FabricMemory(Fabric&)>;  // with one NIC
+  std::shared_ptr<Region> register_memory(void* data, size_t size, const Register& with_nic,
+                                          std::shared_ptr<void> keepalive);
   std::shared_ptr<Region> allocate(size_t size);
   void unregister(RegionImpl& region) noexcept;
   void release(const std::array<FabricMemory, kMaxNics>& memories) noexcept;  // locked

@@ -16,7 +16,14 @@ const Address& TransferEngine::address() const noexcept { return core_->address(
 
 std::shared_ptr<Region> TransferEngine::register_memory(void* data, size_t size,
                                                         std::shared_ptr<void> keepalive) {
-  return core_->register_memory(data, size, std::move(keepalive));
+  return core_->register_memory(
+      data, size, [&](Fabric& fabric) { return fabric.register_memory(data, size); }, std::move(keepalive));
+}
+std::shared_ptr<Region> TransferEngine::register_memory(const DeviceMemory& memory,
+                                                        std::shared_ptr<void> keepalive) {
+  return core_->register_memory(
+      memory.data, memory.size, [&](Fabric& fabric) { return fabric.register_device_memory(memory); },
+      std::move(keepalive));
 }
 std::shared_ptr<Region> TransferEngine::allocate(size_t size) { return core_->allocate(size); }
 std::shared_ptr<RemoteRegion> TransferEngine::open(const RegionDescriptor& descriptor) {

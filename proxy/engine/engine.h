@@ -31,6 +31,9 @@ class TransferEngine {
   const Address& address() const noexcept;
 
   std::shared_ptr<Region> register_memory(void* data, size_t size, std::shared_ptr<void> keepalive = nullptr);
+  // GPU memory, where the NICs reach it (GPUDirect RDMA); otherwise kFabric. Not readable through data().
+  std::shared_ptr<Region> register_memory(const DeviceMemory& memory,
+                                          std::shared_ptr<void> keepalive = nullptr);
   std::shared_ptr<Region> allocate(size_t size);  // zeroed, page-aligned, registered
 
   // Connects to the owner (if new) and resolves the descriptor. Malformed bytes: kInvalidArgument.

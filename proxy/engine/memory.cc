@@ -12,7 +12,7 @@
 
 namespace pplx {
 
-std::shared_ptr<Region> EngineCore::register_memory(void* data, size_t size,
+std::shared_ptr<Region> EngineCore::register_memory(void* data, size_t size, const Register& with_nic,
                                                     std::shared_ptr<void> keepalive) {
   if (data == nullptr || size == 0) {
     throw Error(ErrorKind::kInvalidArgument, "registered memory must not be empty");
@@ -29,7 +29,7 @@ std::shared_ptr<Region> EngineCore::register_memory(void* data, size_t size,
         memory.data = static_cast<std::byte*>(data);
         memory.size = size;
       } else {
-        memory = nics_[i].fabric->register_memory(data, size);
+        memory = with_nic(*nics_[i].fabric);
         fields.base = memory.base;
       }
       fields.keys.push_back(memory.key);
@@ -54,7 +54,8 @@ std::shared_ptr<Region> EngineCore::allocate(size_t size) {
     throw Error(ErrorKind::kFabric, "allocating " + std::to_string(size) + " bytes: " + std::strerror(errno));
   }
   std::shared_ptr<void> keepalive(data, [mapped](void* memory) { munmap(memory, mapped); });
-  return register_memory(data, size, std::move(keepalive));
+  return register_memory(
+      data, size, [&](Fabric& fabric) { return fabric.register_memory(data, size); }, std::move(keepalive));
 }
 
 void EngineCore::unregister(RegionImpl& region) noexcept {

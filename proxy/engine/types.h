@@ -52,9 +52,10 @@ struct EngineConfig {
   std::string nic;           // name of the libfabric domain to open; empty: the first that fits
   // Up to 8 NICs that share the traffic; empty: one, of `nic` and `bind_address`.
   std::vector<NicConfig> nics;
-  static constexpr int kOwnCore = -1;           // one of its own where there are cores for it: see cores.h
-  static constexpr int kAnyCore = -2;           // not pinned
-  int cpu = kOwnCore;                           // core to pin the worker to
+  static constexpr int kOwnCore = -1;  // one of its own where there are cores for it: see cores.h
+  static constexpr int kAnyCore = -2;  // not pinned
+  int cpu = kOwnCore;                  // core to pin the worker to
+  std::string near;  // with kOwnCore: the GPU (PCI bus id) or NIC to be near to; empty: the first NIC
   Duration timeout = std::chrono::seconds(30);  // default of every wait below
   SimConfig sim;
   VerbsConfig verbs;
@@ -141,6 +142,15 @@ class RemoteRegion {
  public:
   virtual ~RemoteRegion() = default;
   virtual size_t size() const noexcept = 0;
+};
+
+// GPU memory, as CUDA has it.
+struct DeviceMemory {
+  void* data = nullptr;
+  size_t size = 0;
+  int device = 0;      // CUDA's number
+  int dmabuf_fd = -1;  // of an export that covers it, which stays the caller's; -1: the provider finds a way
+  uint64_t dmabuf_offset = 0;
 };
 
 struct WriteRequest {
@@ -267,7 +277,7 @@ struct WatchConfig {
   // 8 bytes aligned, in memory that the CPU can read: a GPU's writer needs pinned, mapped memory. Null: the
   // engine allocates one. The word only grows.
   uint64_t* word = nullptr;
-  std::shared_ptr<void> keepalive{};    // of the word
+  std::shared_ptr<void> keepalive{};  // of the word
   std::vector<PreparedWrite> writes;  // posted once for every increment, by whoever makes progress
   // Called on the callback thread with the word's value; increments that come fast are told together.
   std::function<void(uint64_t)> changed;

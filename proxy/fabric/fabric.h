@@ -89,6 +89,12 @@ class Fabric {
   virtual const PeerAddress& address() const = 0;  // of this NIC
 
   virtual FabricMemory register_memory(void* data, size_t size) = 0;  // throws kFabric
+  // The same for GPU memory. Throws kFabric where the NIC cannot reach it.
+  virtual FabricMemory register_device_memory(const DeviceMemory& memory) {
+    throw Error(ErrorKind::kFabric, name() + " cannot register GPU memory (" + std::to_string(memory.size) +
+                                        " bytes on device " + std::to_string(memory.device) +
+                                        "): go through pinned host memory");
+  }
   virtual void unregister_memory(const FabricMemory& memory) = 0;
   // A new number, counting from 0, for the NIC of a peer whose endpoints these are. One peer may have
   // several.

@@ -19,12 +19,23 @@
 #include <vector>
 
 #include "proxy/fabric/libfabric_loader.h"
+#include "proxy/fabric/libfabric_traits.h"
 #include "proxy/log.h"
 
 namespace pplx {
 namespace {
 
-constexpr uint32_t kApiVersion = FI_VERSION(1, 17);
+// Newer than the headers that this is built with.
+constexpr uint64_t kMrDmabuf = 1ULL << 40;  // FI_MR_DMABUF, 1.20
+constexpr int kOptCudaApiPermitted = 10;    // FI_OPT_CUDA_API_PERMITTED, 1.18
+constexpr int kOptMaxMsgSize = 12;          // FI_OPT_MAX_MSG_SIZE, 2.0
+struct MrDmabuf {                           // fi_mr_dmabuf, 1.20
+  int fd;
+  uint64_t offset;
+  size_t len;
+  void* base_addr;
+};
+
 constexpr size_t kMessageBytes = 16384;
 constexpr size_t kReceives = 64;  // posted receive buffers, replenished as they are consumed
 constexpr size_t kPollBatch = 32;
@@ -132,7 +143,8 @@ bool is_peer_error(int code) {
 class LibfabricFabric final : public Fabric {
  public:
   explicit LibfabricFabric(const EngineConfig& config)
-      : lib_(load_libfabric()), info_(find_provider(config)), provider_(info_->fabric_attr->prov_name) {
+      : lib_(load_libfabric()), info_(find_provider(config)) {
+    provider_ = traits_.label.empty() ? info_->fabric_attr->prov_name : traits_.label;
     try {
       open_endpoints(config.endpoints);
       post_receives();
@@ -156,24 +168,28 @@ class LibfabricFabric final : public Fabric {
   FabricMemory register_memory(void* data, size_t size) override {
     fid_mr* mr = nullptr;
     int rc = fi_mr_reg(open_.domain, data, size, kAccess, 0, next_key_++, 0, &mr, nullptr);
-    if (rc != 0) {
-      std::string text =
-          "registering " + std::to_string(size) + " bytes with " + provider_ + " failed: " + error_text(rc);
-      if (rc == -FI_ENOMEM || rc == -FI_EPERM || rc == -FI_EAGAIN) {
-        text +=
-            "; locked memory is limited (RLIMIT_MEMLOCK): raise it with 'ulimit -l unlimited' or "
-            "/etc/security/limits.conf";
-      }
-      throw Error(ErrorKind::kFabric, text);
+    return registered(mr, rc, data, size);
+  }
+
+  FabricMemory register_device_memory(const DeviceMemory& memory) override {
+    if (!hmem_) return Fabric::register_device_memory(memory);
+    iovec whole{memory.data, memory.size};
+    MrDmabuf dmabuf{memory.dmabuf_fd, memory.dmabuf_offset, memory.size, memory.data};
+    fi_mr_attr attr{};
+    uint64_t flags = 0;
+    attr.mr_iov = &whole;
+    if (memory.dmabuf_fd >= 0) {
+      flags = kMrDmabuf;
+      attr.mr_iov = reinterpret_cast<const iovec*>(&dmabuf);  // a union since 1.20
     }
-    bool virtual_addresses = (info_->domain_attr->mr_mode & (FI_MR_VIRT_ADDR | FI_MR_BASIC)) != 0;
-    open_.memory.push_back(mr);
-    return {static_cast<std::byte*>(data),
-            size,
-            virtual_addresses ? reinterpret_cast<uint64_t>(data) : 0,
-            fi_mr_key(mr),
-            fi_mr_desc(mr),
-            mr};
+    attr.iov_count = 1;
+    attr.access = kAccess;
+    attr.requested_key = next_key_++;
+    attr.iface = FI_HMEM_CUDA;
+    attr.device.cuda = memory.device;
+    fid_mr* mr = nullptr;
+    int rc = fi_mr_regattr(open_.domain, &attr, flags, &mr);
+    return registered(mr, rc, memory.data, memory.size);
   }
 
   void unregister_memory(const FabricMemory& memory) override {
@@ -244,7 +260,7 @@ class LibfabricFabric final : public Fabric {
     message.context = &op;
     message.data = op.has_imm ? op.imm : kNoImmediate;
     uint64_t flags = FI_COMPLETION;
-    if (op.has_imm || imm_always_) flags |= FI_REMOTE_CQ_DATA;
+    if (op.has_imm || traits_.always_immediate) flags |= FI_REMOTE_CQ_DATA;
     // Of no bytes none can be late, and shm (1.17) never completes an empty write that asks for delivery.
     if (!empty) flags |= completion_;
     return posted(fi_writemsg(open_.endpoints[op.rail], &message, flags), "write");
@@ -351,58 +367,102 @@ class LibfabricFabric final : public Fabric {
         std::string("libfabric provider ") + provider_ + " refused a " + what + ": " + error_text(rc));
   }
 
-  std::string provider_name(const std::string& fabric) const {
-    // 1.17 calls the native provider "net" and means tcp;ofi_rxm by "tcp".
-    if (fabric == "tcp" && lib_.version() < FI_VERSION(1, 18)) return "net";
-    return fabric;
+  FabricMemory registered(fid_mr* mr, int rc, void* data, size_t size) {
+    if (rc != 0) {
+      std::string text =
+          "registering " + std::to_string(size) + " bytes with " + provider_ + " failed: " + error_text(rc);
+      if (rc == -FI_ENOMEM || rc == -FI_EPERM || rc == -FI_EAGAIN) {
+        text +=
+            "; locked memory is limited (RLIMIT_MEMLOCK): raise it with 'ulimit -l unlimited' or "
+            "/etc/security/limits.conf";
+      }
+      throw Error(ErrorKind::kFabric, text);
+    }
+    bool virtual_addresses = (info_->domain_attr->mr_mode & (FI_MR_VIRT_ADDR | FI_MR_BASIC)) != 0;
+    open_.memory.push_back(mr);
+    return {static_cast<std::byte*>(data),
+            size,
+            virtual_addresses ? reinterpret_cast<uint64_t>(data) : 0,
+            fi_mr_key(mr),
+            fi_mr_desc(mr),
+            mr};
   }
 
-  Info find_provider(const EngineConfig& config) const {
-    std::string provider = provider_name(config.fabric);
-    bool sockets = provider.find("tcp") != std::string::npos || provider.find("udp") != std::string::npos ||
-                   provider == "net" || provider == "sockets";
-    const char* node = !sockets                      ? nullptr
-                       : config.bind_address.empty() ? "127.0.0.1"
-                                                     : config.bind_address.c_str();
-    int rc = 0;
-    for (uint64_t completion : {uint64_t{FI_DELIVERY_COMPLETE}, uint64_t{0}}) {
-      Info hints(lib_.dupinfo(nullptr), InfoDeleter{&lib_});
-      if (!hints) throw Error(ErrorKind::kFabric, "libfabric: out of memory");
-      hints->caps = FI_MSG | FI_RMA;
-      hints->mode = FI_CONTEXT | FI_CONTEXT2;
-      hints->ep_attr->type = FI_EP_RDM;
-      hints->domain_attr->mr_mode = FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | FI_MR_LOCAL;
-      hints->domain_attr->threading = FI_THREAD_DOMAIN;
-      hints->domain_attr->control_progress = FI_PROGRESS_MANUAL;
-      hints->domain_attr->data_progress = FI_PROGRESS_MANUAL;
-      hints->domain_attr->resource_mgmt = FI_RM_ENABLED;
-      hints->domain_attr->cq_data_size = 4;
-      hints->tx_attr->op_flags = completion;
-      hints->tx_attr->msg_order = FI_ORDER_NONE;
-      hints->rx_attr->msg_order = FI_ORDER_NONE;
-      hints->fabric_attr->prov_name = strdup(provider.c_str());  // freeinfo frees it
-      fi_info* found = nullptr;
-      rc = lib_.getinfo(kApiVersion, node, nullptr, node != nullptr ? FI_SOURCE : 0, hints.get(), &found);
-      if (rc != 0 || found == nullptr) continue;
-      Info all(found, InfoDeleter{&lib_});
-      if (config.nic.empty() || provider == "shm") return all;
-      std::string names;
-      for (const fi_info* info = found; info != nullptr; info = info->next) {
-        if (info->domain_attr->name == config.nic) return Info(lib_.dupinfo(info), InfoDeleter{&lib_});
-        if (!names.empty()) names += ", ";
-        names += info->domain_attr->name;
-      }
-      std::string text = "the libfabric provider ";
-      text += provider + " has no NIC '" + config.nic + "' (PPLX_NICS)";
-      if (node != nullptr) text += std::string(" with address ") + node;
-      text += "; it has ";
-      throw Error(ErrorKind::kFabric, text + names);
+  Info make_hints(const ProviderTraits& traits, uint64_t completion, bool hmem) const {
+    Info hints(lib_.dupinfo(nullptr), InfoDeleter{&lib_});
+    if (!hints) throw Error(ErrorKind::kFabric, "libfabric: out of memory");
+    hints->caps = FI_MSG | FI_RMA;
+    hints->mode = FI_CONTEXT | FI_CONTEXT2;
+    hints->ep_attr->type = FI_EP_RDM;
+    hints->domain_attr->mr_mode = FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | FI_MR_LOCAL;
+    if (hmem) {
+      hints->caps |= FI_HMEM;
+      hints->domain_attr->mr_mode |= FI_MR_HMEM;
     }
-    throw Error(ErrorKind::kFabric,
-                "libfabric " + std::to_string(lib_.major()) + "." + std::to_string(lib_.minor()) + " (" +
-                    lib_.path + ") offers no provider '" + provider +
-                    "' with reliable datagrams, RMA and 4-byte immediates" +
-                    (node != nullptr ? std::string(" on address ") + node : "") + ": " + error_text(rc));
+    hints->domain_attr->threading = FI_THREAD_DOMAIN;
+    hints->domain_attr->control_progress = FI_PROGRESS_MANUAL;
+    hints->domain_attr->data_progress = FI_PROGRESS_MANUAL;
+    hints->domain_attr->resource_mgmt = FI_RM_ENABLED;
+    hints->domain_attr->cq_data_size = 4;
+    hints->tx_attr->op_flags = completion;
+    hints->tx_attr->msg_order = FI_ORDER_NONE;
+    hints->rx_attr->msg_order = FI_ORDER_NONE;
+    hints->fabric_attr->prov_name = strdup(traits.provider.c_str());  // freeinfo frees these
+    if (!traits.fabric.empty()) hints->fabric_attr->name = strdup(traits.fabric.c_str());
+    return hints;
+  }
+
+  // What the configuration asks for, in the first way that is offered.
+  Info find_provider(const EngineConfig& config) {
+    int rc = 0;
+    std::string node, tried;
+    for (const ProviderTraits& traits : provider_traits(config.fabric, lib_.version())) {
+      if (traits.sockets) node = config.bind_address.empty() ? "127.0.0.1" : config.bind_address;
+      tried +=
+          (tried.empty() ? "'" : " or '") + (traits.label.empty() ? traits.provider : traits.label) + "'";
+      for (bool hmem : {true, false}) {
+        if (hmem && !traits.hmem) continue;
+        for (uint64_t completion : {uint64_t{FI_DELIVERY_COMPLETE}, uint64_t{0}}) {
+          if (completion != 0 && !traits.ask_delivery) continue;
+          Info hints = make_hints(traits, completion, hmem);
+          fi_info* found = nullptr;
+          rc = lib_.getinfo(traits.api, node.empty() ? nullptr : node.c_str(), nullptr,
+                            node.empty() ? 0 : FI_SOURCE, hints.get(), &found);
+          if (rc != 0 || found == nullptr) continue;
+          traits_ = traits;
+          hmem_ = hmem;
+          return choose_nic(Info(found, InfoDeleter{&lib_}), config.nic, node);
+        }
+      }
+    }
+    throw Error(ErrorKind::kFabric, "libfabric " + std::to_string(lib_.major()) + "." +
+                                        std::to_string(lib_.minor()) + " (" + lib_.path +
+                                        ") offers no provider " + tried +
+                                        " with reliable datagrams, RMA and 4-byte immediates" +
+                                        (node.empty() ? "" : " on address " + node) + ": " + error_text(rc));
+  }
+
+  Info choose_nic(Info all, const std::string& nic, const std::string& node) const {
+    if (nic.empty() || traits_.provider == "shm") return all;
+    std::string names;
+    for (const fi_info* info = all.get(); info != nullptr; info = info->next) {
+      if (info->domain_attr->name == nic) return Info(lib_.dupinfo(info), InfoDeleter{&lib_});
+      if (!names.empty()) names += ", ";
+      names += info->domain_attr->name;
+    }
+    throw Error(ErrorKind::kFabric, "the libfabric provider " + traits_.provider + " has no NIC '" + nic +
+                                        "' (PPLX_NICS)" + (node.empty() ? "" : " with address " + node) +
+                                        "; it has " + names);
+  }
+
+  void forbid_cuda(fid_ep* endpoint) const {
+    bool permitted = false;
+    int rc = fi_setopt(&endpoint->fid, FI_OPT_ENDPOINT, kOptCudaApiPermitted, &permitted, sizeof permitted);
+    if (rc == 0) return;
+    // It would call CUDA then where it has to copy, and a kernel that waits for this NIC would wait for ever.
+    throw Error(ErrorKind::kFabric, "libfabric provider " + provider_ +
+                                        " cannot do without CUDA calls (FI_OPT_CUDA_API_PERMITTED): " +
+                                        error_text(rc) + "; GPUDirect RDMA is needed");
   }
 
   void open_endpoints(int count) {
@@ -425,6 +485,7 @@ class LibfabricFabric final : public Fabric {
       fid_ep* endpoint = nullptr;
       check(fi_endpoint(open_.domain, info_.get(), &endpoint, nullptr), "opening an endpoint");
       open_.endpoints.push_back(endpoint);
+      if (hmem_) forbid_cuda(endpoint);
       check(fi_ep_bind(endpoint, &open_.cq->fid, FI_TRANSMIT | FI_RECV), "binding the completion queue");
       check(fi_ep_bind(endpoint, &open_.av->fid, 0), "binding the address vector");
       check(fi_enable(endpoint), "enabling an endpoint");
@@ -432,12 +493,17 @@ class LibfabricFabric final : public Fabric {
     }
     caps_.max_write = info_->ep_attr->max_msg_size;
     caps_.max_message = std::min(kMessageBytes, info_->ep_attr->max_msg_size);
+    if (traits_.own_message_size) {
+      size_t longest = 0, size = sizeof longest;
+      check(fi_getopt(&open_.endpoints[0]->fid, FI_OPT_ENDPOINT, kOptMaxMsgSize, &longest, &size),
+            "asking for the longest message");
+      caps_.max_message = std::min(caps_.max_message, longest);
+    }
     caps_.queue_depth = static_cast<size_t>(count) * info_->tx_attr->size;
     caps_.rails = static_cast<uint32_t>(count);
-    completion_ = info_->tx_attr->op_flags & FI_DELIVERY_COMPLETE;
-    caps_.delivery_complete = completion_ != 0;
-    // Without remote data shm copies straight into the peer and checks no key.
-    imm_always_ = provider_ == "shm";
+    completion_ = traits_.ask_delivery ? info_->tx_attr->op_flags & FI_DELIVERY_COMPLETE : 0;
+    caps_.delivery_complete = completion_ != 0 || traits_.delivered;
+    caps_.mutual = traits_.mutual;
   }
 
   std::vector<std::byte> endpoint_name(fid_ep* endpoint) const {
@@ -467,7 +533,11 @@ class LibfabricFabric final : public Fabric {
   }
 
   size_t report_error(FabricEvents& events) {
-    fi_cq_err_entry entry{};
+    union {
+      fi_cq_err_entry entry;
+      char room[256];  // newer APIs have longer entries
+    };
+    std::memset(room, 0, sizeof room);
     ssize_t rc = fi_cq_readerr(open_.cq, &entry, 0);
     if (rc == -FI_EAGAIN) return 0;
     if (rc < 0) {
@@ -494,11 +564,12 @@ class LibfabricFabric final : public Fabric {
   }
 
   const Libfabric& lib_;
-  Info info_;
+  ProviderTraits traits_;
+  bool hmem_ = false;  // registers GPU memory
+  Info info_;          // after these two, which finding it sets
   std::string provider_;
   FabricCaps caps_;
   PeerAddress address_;
-  bool imm_always_ = false;
   uint64_t completion_ = 0;  // FI_DELIVERY_COMPLETE where offered
   uint64_t next_key_ = 1;    // read only by providers that let the user choose keys
   Resources open_;

@@ -213,7 +213,8 @@ void Exchange::post(uint32_t slots, bool poisoned) {
          .target = peer.regions.get(),
          .target_offset = (size_t{lane_} * config.num_ranks + config.rank) * config.region_bytes,
          .length = message_bytes_,
-         .imm = immediate(peer.nonce, config.rank, lane_)},
+         .imm = immediate(peer.nonce, config.rank, lane_),
+         .imm_per_shard = true},
         &lane.sent[message_peer_]);
   } catch (const Error& error) {
     --lane.posted;

@@ -91,7 +91,7 @@ Bytes ExchangeGroup::endpoint() const {
   out.put(kEndpointMagic);
   out.put(nonce_);
   out.put(config_.rank);
-  out.put(uint32_t{1});  // messages are one write each: one immediate
+  out.put(static_cast<uint32_t>(engine_->shards()));  // of a message, each with an immediate
   out.put(config_.fingerprint);
   out.text(config_.fingerprint_text);
   out.text(process_name());

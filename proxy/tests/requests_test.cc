@@ -1,5 +1,4 @@
 // Reads, pages, scatters to groups, cancellation, watch words, receive pools, statistics and timeline.
-#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
 #include <algorithm>
 #include <atomic>
 #include <numeric>

@@ -86,6 +86,36 @@ INSTANTIATE_TEST_SUITE_P(Fabric, Providers,
                            return info.param.first + (info.param.second > 1 ? "_x4" : "");
                          });
 
+struct NetworkCase {
+  const char* name;
+  EngineConfig (*config)(uint64_t seed);
+};
+
+class Networks : public ::testing::TestWithParam<NetworkCase> {};
+
+TEST_P(Networks, GiveTheSameBytesAsLocal) {
+  const Problem problem{.ranks = 4, .experts = 10, .top_k = 3, .max_tokens = 16, .chunk = 6, .depth = 2};
+  const auto expected = outcome(problem, local(), 12, 9);
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    ASSERT_EQ(outcome(problem, GetParam().config(seed), 12, 9), expected) << "seed " << seed;
+  }
+}
+
+EngineConfig two_addresses(uint64_t /*seed*/) {
+  EngineConfig config = provider("tcp");
+  config.nics = {{"", "127.0.0.2"}, {"", "127.0.0.3"}};
+  return config;
+}
+
+INSTANTIATE_TEST_SUITE_P(Fabric, Networks,
+                         ::testing::Values(NetworkCase{"efa_like", efa_like},
+                                           NetworkCase{"uneven_nics",
+                                                       [](uint64_t seed) { return uneven(sim(seed)); }},
+                                           NetworkCase{"efa_like_uneven_nics",
+                                                       [](uint64_t seed) { return uneven(efa_like(seed)); }},
+                                           NetworkCase{"tcp_two_addresses", two_addresses}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
 // Regions belong to exchange numbers, not to kinds: any order that all ranks share is right.
 class AnyOrder : public ::testing::TestWithParam<EngineConfig> {};
 

@@ -43,6 +43,26 @@ inline EngineConfig provider(const std::string& name, int endpoints = 1) {
   return config;
 }
 
+// What AWS EFA does not promise, and what it asks for: sprayed endpoints, small queues, no access by
+// strangers.
+inline EngineConfig efa_like(uint64_t seed) {
+  EngineConfig config = sim(seed);
+  config.endpoints = 4;
+  config.sim.max_delay = 6;
+  config.sim.max_pieces = 5;
+  config.sim.queue_depth = 16;
+  config.sim.mutual = true;
+  return config;
+}
+
+// Every rank has another number of NICs; group_config() sees to it.
+inline constexpr const char* kUnevenNics = "uneven nics";
+
+inline EngineConfig uneven(EngineConfig config) {
+  config.sim.network = kUnevenNics;
+  return config;
+}
+
 inline GroupConfig group_config(const Problem& problem, int rank, const EngineConfig& engine) {
   const BufferSizes sizes = buffer_sizes(problem.shape(rank));
   GroupConfig config;
@@ -55,6 +75,7 @@ inline GroupConfig group_config(const Problem& problem, int rank, const EngineCo
   config.fingerprint = 1;
   config.stall_timeout = config.first_stall_timeout = 60s;
   config.engine = engine;
+  if (engine.sim.network == kUnevenNics) config.engine.nics.resize(1 + rank % 3);
   return config;
 }
 
