@@ -212,7 +212,7 @@ setup() {
 
 # ---- checks --------------------------------------------------------------------------------------------
 
-ours() { find proxy xla_ffi benchmarks \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) | LC_ALL=C sort; }
+ours() { find proxy xla_ffi benchmarks tests \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) | LC_ALL=C sort; }
 
 check_ruff() {
   ruff check .
@@ -269,6 +269,30 @@ other_gpus() {
   cmake --preset release -DPython_EXECUTABLE="$VENV/bin/python" >build/release.log || { cat build/release.log; return 1; }
   grep -q 'building for CUDA' build/release.log || skip "no nvcc"
   cmake --build --preset release -j "$JOBS" --target pplx_cuda_other_gpus
+}
+
+# Every parser of bytes from the network: its corpus, then FUZZ_SECONDS each of new inputs.
+FUZZ_SECONDS=${FUZZ_SECONDS:-15}
+fuzz() {
+  command -v clang++ >/dev/null || skip "clang is not installed"
+  cmake --preset fuzz >build/fuzz.log 2>&1 || { cat build/fuzz.log; return 1; }
+  cmake --build --preset fuzz -j "$JOBS"
+  local target name
+  for target in build/fuzz/tests/fuzz/fuzz_*; do
+    [[ -f $target && -x $target ]] || continue
+    name=${target##*/fuzz_}
+    mkdir -p "build/fuzz/corpus/$name" "build/fuzz/crashes"
+    printf '%s\0' "$name"
+  done | xargs -0 -P "$JOBS" -I NAME sh -c \
+    'build/fuzz/tests/fuzz/fuzz_NAME -max_total_time='"$FUZZ_SECONDS"' -timeout=25 -max_len=1024 -verbosity=0 \
+       -print_final_stats=1 -artifact_prefix=build/fuzz/crashes/NAME- build/fuzz/corpus/NAME tests/fuzz/corpus/NAME \
+       >build/fuzz/NAME.log 2>&1 || { tail -n 60 build/fuzz/NAME.log; echo "fuzz_NAME: FAILED"; exit 255; }
+     echo "fuzz_NAME: $(grep -o "number_of_executed_units.*" build/fuzz/NAME.log)"'
+}
+
+model() {
+  command -v spin >/dev/null || skip "spin is not installed"
+  "$VENV/bin/python" tests/model/run.py --jobs "$JOBS"
 }
 
 run_pytest() { "$VENV/bin/python" -m pytest --durations=15 "$@"; }
@@ -366,6 +390,8 @@ case $COMMAND in
     stage other-gpus other_gpus
     stage ctest-asan cpp asan
     stage ctest-tsan cpp tsan
+    stage fuzz fuzz
+    stage model model
     stage clang-tidy check_clang_tidy
     stage newest-python newest_python
     stage wheel wheel
