@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
-from pplx_jax import plugins
+from pplx_jax import plugins, topology
 from pplx_jax.engine_types import library_folders
 from pplx_jax.errors import FabricError
 
@@ -55,6 +55,16 @@ def require() -> Any:
         )
     found.set_library_search_path(library_folders())
     return found
+
+
+@functools.cache
+def _bus_ids() -> dict[int, str]:
+    return {one["device"]: one.get("pci", "") for one in topology.cuda_attributes()}
+
+
+def pci(device: jax.Device) -> str:
+    """Its PCI bus id, as :mod:`pplx_jax.topology` spells it; empty where the driver does not say."""
+    return _bus_ids().get(ordinal(device), "")
 
 
 def ordinal(device: jax.Device) -> int:

@@ -158,6 +158,7 @@ class Membership:
                 config.launches = launches[slice_index]
                 _set_network(config, fabric, f"{self._group_id:x}/{generation}/{slice_index}", rank)
                 if on_gpus:
+                    config.set_near(gpu.pci(device))
                     members[device.id] = gpu.open_member(
                         self._group_id,
                         device,

@@ -147,6 +147,7 @@ void bind_group(nb::module_& m) {
              config.engine.bind_address = bind_address;
              config.engine.nic = nic;
            })
+      .def("set_near", [](GroupConfig& config, const std::string& device) { config.engine.near = device; })
       .def_rw("launches", &GroupConfig::launches)
       .def("set_simulation", [](GroupConfig& config, uint64_t seed, const std::string& network, bool reorder,
                                 uint32_t max_delay, uint32_t max_pieces, uint32_t stall_every) {
