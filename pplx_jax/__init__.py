@@ -1,7 +1,7 @@
 """Expert parallelism for JAX: MoE dispatch and combine as XLA custom calls over any RDMA network."""
 
 from pplx_jax.config import ExchangeConfig, Memory
-from pplx_jax.engine import Address, RegionDescriptor, SimOptions, TransferEngine
+from pplx_jax.engine import Address, RegionDescriptor, SimOptions, TransferEngine, VerbsOptions
 from pplx_jax.errors import (
     FabricError,
     GroupClosedError,
@@ -35,6 +35,7 @@ __all__ = [
     "SimOptions",
     "TimeoutError",
     "TransferEngine",
+    "VerbsOptions",
     "export_checks",
     "moe_remat",
 ]

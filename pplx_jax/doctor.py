@@ -144,7 +144,7 @@ def _libraries(problems: list[Problem]) -> dict[str, dict[str, str]]:
         ctypes.CDLL("libibverbs.so.1")
         found["libibverbs"] = {"path": _mapped("libibverbs.so") or "libibverbs.so.1"}
     except OSError as error:
-        # Nothing needs it yet but libfabric's verbs and efa providers, which load it themselves.
+        # Only machines with RDMA NICs need it: fabric verbs, and libfabric for efa.
         found["libibverbs"] = {"error": str(error)}
     return found
 
@@ -166,7 +166,7 @@ def _fabrics(problems: list[Problem]) -> dict[str, dict[str, Any]]:
         wanted = environment.fabric()
     except ValueError:  # told already
         wanted = None
-    names = ["local", "sim", "tcp", "shm", "efa"]
+    names = ["local", "sim", "tcp", "shm", "verbs", "efa"]
     if wanted is not None and wanted.name not in names:
         names.append(wanted.name)
     try:

@@ -66,6 +66,7 @@ from pplx_jax.engine_types import (
     timeout_of,
     typed,
 )
+from pplx_jax.verbs import VerbsOptions
 
 __all__ = [
     "Address",
@@ -87,6 +88,7 @@ __all__ = [
     "SimOptions",
     "Transfer",
     "TransferEngine",
+    "VerbsOptions",
     "WatchWord",
 ]
 
@@ -101,14 +103,15 @@ class TransferEngine:
 
     Args:
         fabric: ``"local"`` (engines of one process, plain copies), ``"sim"`` (engines of one process,
-            disordered by ``sim``), ``"tcp"``, ``"shm"``, or any libfabric provider with RDM endpoints and
-            RMA (``"tcp;ofi_rxm"``, ``"efa"``, ...).
+            disordered by ``sim``), ``"tcp"``, ``"shm"``, ``"verbs"`` (RoCE and InfiniBand, by libibverbs),
+            or any libfabric provider with RDM endpoints and RMA (``"tcp;ofi_rxm"``, ``"efa"``, ...).
         endpoints: endpoints a peer, at most 64; more than one sprays writes, which then arrive in any order.
         bind_address: IP address that the socket providers listen on; ``None`` for that of
-            ``PPLX_SOCKET_IFNAME``, or else for loopback only.
+            ``PPLX_SOCKET_IFNAME``, or else for loopback only. With ``"verbs"``, that of the GID to use.
         timeout: seconds that any wait may take unless it says otherwise; ``None`` for 30, or what
             ``PPLX_TIMEOUT`` says.
         sim: what ``"sim"`` does to traffic.
+        verbs: how ``"verbs"`` uses its NIC.
         nics: up to 8 NICs that share the traffic, names of libfabric domains or :class:`Nic`; None for the
             first that
             ``PPLX_NICS`` names. Engines may have different numbers of them.
@@ -130,6 +133,7 @@ class TransferEngine:
         bind_address: str | None = None,
         timeout: float | None = None,
         sim: SimOptions | None = None,
+        verbs: VerbsOptions | None = None,
         nics: Sequence[Nic | str] | None = None,
         cpu: int | Literal["auto"] | None = "auto",
     ) -> None:
@@ -142,19 +146,26 @@ class TransferEngine:
             typed("sim", sim, SimOptions, "SimOptions or None")
             if fabric != "sim":
                 raise ValueError(f"sim: has a meaning for fabric='sim' only, fabric is {fabric!r}")
+        if verbs is not None:
+            typed("verbs", verbs, VerbsOptions, "VerbsOptions or None")
+            if fabric != "verbs":
+                raise ValueError(f"verbs: has a meaning for fabric='verbs' only, fabric is {fabric!r}")
         environment.check()
+        # Of verbs an address chooses the GID; that of the sockets' interface need not be one of the NIC's.
+        address = bind_address or (fabric != "verbs" and environment.socket_address()) or ""
         set_library_search_path()
         self._process = os.getpid()
         self._timeout = environment.timeout() if timeout is None else seconds("timeout", timeout)
         self._core = _core.Engine(
             fabric=fabric,
             endpoints=integer("endpoints", endpoints, 1, 64),
-            bind_address=bind_address or environment.socket_address() or "",
+            bind_address=address,
             nic=next(iter(environment.nics()), ""),
-            nics=nic_list(nics, bind_address or environment.socket_address() or ""),
+            nics=nic_list(nics, address),
             cpu=core_number(cpu),
             timeout=self._timeout,
             sim=dataclasses.asdict(sim or SimOptions()),
+            verbs=dataclasses.asdict(verbs or VerbsOptions()),
         )
         self._address = Address(self._core.address)
         self._lock = threading.Lock()  # guards _opened

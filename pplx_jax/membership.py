@@ -19,6 +19,7 @@ from pplx_jax import _core, bootstrap, compat, environment, gpu
 from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import FabricError, GroupClosedError, MismatchError, make_error
 from pplx_jax.fabric import Fabric
+from pplx_jax.verbs import VerbsOptions
 
 if TYPE_CHECKING:
     from pplx_jax import _cuda
@@ -245,7 +246,14 @@ class Membership:
         if shares_process:
             stall, first = min(stall, _SHARED_PROCESS_STALL), min(first, _SHARED_PROCESS_STALL)
         config.set_timeouts(self._timeout, stall, first)
-        config.set_fabric(fabric.name, fabric.endpoints, address, nic)
+        # Of verbs an address chooses the GID, and the coordinator's network need not be the NIC's.
+        verbs = fabric.name == "verbs"
+        config.set_fabric(fabric.name, fabric.endpoints, "" if verbs else address, nic)
+        if verbs:
+            options = VerbsOptions(
+                **cast("dict[str, Any]", dict(fabric.verbs)), job=f"{self._name}/{self._group_id:x}"
+            )
+            config.set_verbs(dataclasses.asdict(options))
         return config
 
     def _exchange_endpoints(self, boot: bootstrap.Bootstrap, members: dict[int, Member]) -> dict[int, bytes]:

@@ -53,6 +53,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ),
     ("What is under way", "engine_handles", None),
     ("With asyncio", "engine_asyncio", None),
+    ("Options of verbs", "verbs", ("VerbsOptions",)),
     ("Errors", "errors", None),
     ("Models: loading", "models/loading", ("from_pretrained", "from_config", "placement_of", "LoadProgress")),
     ("Models: generation", "models/generation", ("generate", "stream", "Progress")),

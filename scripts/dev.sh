@@ -295,6 +295,17 @@ model() {
   "$VENV/bin/python" tests/model/run.py --jobs "$JOBS"
 }
 
+# Fabric "verbs" against the kernel's RDMA stack, in emulated guests.
+soft_roce() {
+  [[ $(uname -m) == x86_64 ]] || skip "its guests are x86_64, this machine is $(uname -m)"
+  # In a subshell: where the packages cannot be installed the stage is skipped, and says why.
+  (install_apt soft-roce) >build/soft-roce.log 2>&1 || skip "$(tail -n 1 build/soft-roce.log)"
+  python3 tests/soft_roce/guest.py --check 2>build/soft-roce.log || skip "$(tail -n 1 build/soft-roce.log)"
+  cmake --preset release -DPython_EXECUTABLE="$VENV/bin/python" >build/release.log || { cat build/release.log; return 1; }
+  cmake --build --preset release -j "$JOBS" --target pplx_proxy_tests pplx_rank_tests
+  tests/soft_roce/run.sh build/release
+}
+
 run_pytest() { "$VENV/bin/python" -m pytest --durations=15 "$@"; }
 
 # Another Python, a regular (not editable) install, run from outside of the source tree.
@@ -388,6 +399,7 @@ case $COMMAND in
     stage clang-format check_clang_format
     stage ctest cpp release
     stage other-gpus other_gpus
+    stage soft-roce soft_roce
     stage ctest-asan cpp asan
     stage ctest-tsan cpp tsan
     stage fuzz fuzz

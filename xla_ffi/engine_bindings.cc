@@ -20,13 +20,14 @@
 #include "proxy/process.h"
 #include "xla_ffi/engine_handles.h"
 #include "xla_ffi/engine_support.h"
+#include "xla_ffi/verbs_config.h"
 
 namespace pplx {
 namespace {
 
 EngineConfig make_config(std::string fabric, int endpoints, std::string bind_address, std::string nic,
                          const std::vector<std::tuple<std::string, std::string>>& nics, int cpu,
-                         double timeout, const nb::dict& sim) {
+                         double timeout, const nb::dict& sim, const nb::dict& verbs) {
   EngineConfig config;
   config.fabric = std::move(fabric);
   config.endpoints = endpoints;
@@ -45,6 +46,7 @@ EngineConfig make_config(std::string fabric, int endpoints, std::string bind_add
   config.sim.queue_depth = nb::cast<uint32_t>(sim["queue_depth"]);
   config.sim.max_write = nb::cast<uint64_t>(sim["max_write"]);
   config.sim.mutual = nb::cast<bool>(sim["mutual"]);
+  config.verbs = to_verbs_config(verbs);
   return config;
 }
 
@@ -85,12 +87,12 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](PyEngine* self, std::string fabric, int endpoints, std::string bind_address, std::string nic,
              const std::vector<std::tuple<std::string, std::string>>& nics, int cpu, double timeout,
-             const nb::dict& sim) {
+             const nb::dict& sim, const nb::dict& verbs) {
             new (self) PyEngine(make_config(std::move(fabric), endpoints, std::move(bind_address),
-                                            std::move(nic), nics, cpu, timeout, sim));
+                                            std::move(nic), nics, cpu, timeout, sim, verbs));
           },
           nb::kw_only(), nb::arg("fabric"), nb::arg("endpoints"), nb::arg("bind_address"), nb::arg("nic"),
-          nb::arg("nics"), nb::arg("cpu"), nb::arg("timeout"), nb::arg("sim"))
+          nb::arg("nics"), nb::arg("cpu"), nb::arg("timeout"), nb::arg("sim"), nb::arg("verbs"))
       .def_prop_ro("fabric_name", &PyEngine::fabric_name)
       .def_prop_ro("address", &PyEngine::address)
       .def_prop_ro("max_message", &PyEngine::max_message)

@@ -18,6 +18,7 @@
 #include "xla_ffi/handlers.h"
 #include "xla_ffi/python_group.h"
 #include "xla_ffi/registry.h"
+#include "xla_ffi/verbs_config.h"
 
 namespace nb = nanobind;
 
@@ -148,6 +149,8 @@ void bind_group(nb::module_& m) {
              config.engine.nic = nic;
            })
       .def("set_near", [](GroupConfig& config, const std::string& device) { config.engine.near = device; })
+      .def("set_verbs", [](GroupConfig& config,
+                           const nb::dict& options) { config.engine.verbs = to_verbs_config(options); })
       .def_rw("launches", &GroupConfig::launches)
       .def("set_simulation", [](GroupConfig& config, uint64_t seed, const std::string& network, bool reorder,
                                 uint32_t max_delay, uint32_t max_pieces, uint32_t stall_every) {

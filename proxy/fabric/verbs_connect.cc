@@ -137,7 +137,7 @@ void VerbsFabric::on_hello(const Handshake& hello) {
     refuse(hello, *why);
     return;
   }
-  if (peers_.size() >= kMaxPeers) {
+  if (peers_by_id_.size() >= kMaxPeers && !peers_by_id_.contains(hello.nic.id)) {
     refuse(hello, self_.label + " has 65536 peers already");
     return;
   }
@@ -164,7 +164,14 @@ void VerbsFabric::on_hello(const Handshake& hello) {
   if (step.renew) renew(link);
   bool now_confirmed = step.confirmed;
   if (step.pair) {
-    link.connect(hello.nic, hello.qp, hello.psn);
+    try {
+      link.connect(hello.nic, hello.qp, hello.psn);
+    } catch (const Error& error) {
+      // What is half connected is of no use. The peer repeats itself, and finds a new one.
+      peer.trouble = error.what();
+      renew(link);
+      throw;
+    }
     now_confirmed = link.pairing.paired(hello.number, hello.ack);
   }
   if (step.reply) send_hello(link);
@@ -204,10 +211,9 @@ void VerbsFabric::on_refusal(const Handshake& received) {
   if (received.to != self_.id) return;
   if (received.version != kHandshakeVersion) {
     const auto why = *refusal(received, self_);
-    for (auto& peer : peers_) {
-      if (peer->nic == received.nic && peer->numbered) {
-        fail_peer(*peer, Error(ErrorKind::kPeer, "the connection was refused: " + why));
-      }
+    const auto found = peers_by_id_.find(received.nic.id);
+    if (found != peers_by_id_.end() && found->second->nic == received.nic) {
+      fail_peer(*found->second, Error(ErrorKind::kPeer, "the connection was refused: " + why));
     }
     return;
   }
@@ -218,10 +224,9 @@ void VerbsFabric::on_refusal(const Handshake& received) {
 
 void VerbsFabric::on_bye(const Handshake& bye) {
   if (bye.to != self_.id || bye.job != self_.job || bye.version != kHandshakeVersion) return;
-  for (auto& peer : peers_) {
-    if (!(peer->nic == bye.nic)) continue;
-    fail_peer(*peer, Error(ErrorKind::kPeer, peer->label + " closed its engine"));
-  }
+  const auto found = peers_by_id_.find(bye.nic.id);
+  if (found == peers_by_id_.end() || !(found->second->nic == bye.nic)) return;
+  fail_peer(*found->second, Error(ErrorKind::kPeer, found->second->label + " closed its engine"));
 }
 
 // Peers would find out, but only after their NIC's last attempt.
@@ -236,7 +241,7 @@ void VerbsFabric::say_bye() {
     }
   };
   for (auto& peer : peers_) {
-    if (peer->self || peer->failed || !peer->path) continue;
+    if (!peer || peer->self || peer->failed || !peer->path) continue;
     while (!device_->may_send_datagram() && Clock::now() < limit) sent();
     device_->send_datagram(peer->path.get(), peer->nic.datagram_qp,
                            handshake(Handshake::Type::kBye, peer->nic.id));

@@ -276,20 +276,26 @@ FabricMemory VerbsDevice::register_memory(void* data, size_t size) {
   return registered(mr, data, size, true);
 }
 
-FabricMemory VerbsDevice::register_dmabuf(int fd, uint64_t offset, size_t size, void* address) {
-  if (lib_.reg_dmabuf_mr == nullptr) {
+FabricMemory VerbsDevice::register_device_memory(const DeviceMemory& memory) {
+  const auto address = reinterpret_cast<uint64_t>(memory.data);
+  ibv_mr* mr = nullptr;
+  std::string help;
+  if (memory.dmabuf_fd < 0) {
+    // Drivers that know the GPU's addresses by themselves (nvidia_peermem).
+    mr = lib_.reg_mr(pd_.get(), memory.data, memory.size, access_ & ~IBV_ACCESS_OPTIONAL_RANGE);
+    help = "; without a dma-buf it takes the kernel module nvidia_peermem";
+  } else if (lib_.reg_dmabuf_mr == nullptr) {
     throw Error(ErrorKind::kFabric,
-                "verbs " + name_ + ": this libibverbs registers no dma-buf: install rdma-core 34 or newer");
+                "verbs " + name_ + ": this libibverbs registers no dma-bufs: install rdma-core 34 or newer");
+  } else {
+    mr = lib_.reg_dmabuf_mr(pd_.get(), memory.dmabuf_offset, memory.size, address, memory.dmabuf_fd, access_);
+    help = "; dma-bufs take Linux 5.12 and a driver that knows them (mlx5)";
   }
-  const auto target = reinterpret_cast<uint64_t>(address);
-  ibv_mr* mr = lib_.reg_dmabuf_mr(pd_.get(), offset, size, target, fd, access_);
-  if (mr == nullptr && errno == EOPNOTSUPP) {
-    throw Error(ErrorKind::kFabric,
-                error_text("registering a dma-buf", errno) +
-                    "; the NIC's kernel driver does not take dma-bufs (Linux 5.12 and mlx5 do)");
+  if (mr == nullptr) {
+    const std::string what = "memory of GPU " + std::to_string(memory.device);
+    throw Error(ErrorKind::kFabric, registration_error(what.c_str(), memory.size).what() + help);
   }
-  if (mr == nullptr) throw registration_error("a dma-buf", size);
-  return registered(mr, address, size, false);
+  return registered(mr, memory.data, memory.size, false);
 }
 
 void VerbsDevice::unregister_memory(const FabricMemory& memory) { memory_.erase(memory.handle); }

@@ -48,7 +48,7 @@ class VerbsDevice {
   ibv_cq* cq() const { return cq_.get(); }
 
   FabricMemory register_memory(void* data, size_t size);
-  FabricMemory register_dmabuf(int fd, uint64_t offset, size_t size, void* address);
+  FabricMemory register_device_memory(const DeviceMemory& memory);
   void unregister_memory(const FabricMemory& memory);
 
   // The path to a NIC, for queue pairs and for datagrams.

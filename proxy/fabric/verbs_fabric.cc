@@ -55,6 +55,10 @@ FabricMemory VerbsFabric::register_memory(void* data, size_t size) {
   return device_->register_memory(data, size);
 }
 
+FabricMemory VerbsFabric::register_device_memory(const DeviceMemory& memory) {
+  return device_->register_device_memory(memory);
+}
+
 // The engine unregisters memory under operations that it has given up. What is not posted yet must not be
 // posted any more: it would read what is no longer there.
 void VerbsFabric::unregister_memory(const FabricMemory& memory) {
@@ -63,6 +67,7 @@ void VerbsFabric::unregister_memory(const FabricMemory& memory) {
   const Error gone(ErrorKind::kFabric,
                    "verbs " + device_->name() + ": its memory was unregistered before it was posted");
   for (auto& peer : peers_) {
+    if (!peer) continue;
     for (auto& [number, link] : peer->links) {
       for (FabricOp*& op : link->held) {
         if (op->local != memory.handle || op->length == 0) continue;
@@ -93,12 +98,18 @@ VerbsFabric::Peer& VerbsFabric::known(const NicAddress& nic, const std::string& 
   Peer*& entry = peers_by_id_[nic.id];
   if (entry != nullptr) return *entry;
   auto made = std::make_unique<Peer>();
-  made->index = static_cast<uint32_t>(peers_.size());
+  // The place of one that has been forgotten, if there is one.
+  const auto place = std::find(peers_.begin(), peers_.end(), nullptr);
+  made->index = static_cast<uint32_t>(place - peers_.begin());
   made->nic = nic;
   made->label = label;
   made->self = nic == device_->address();
   entry = made.get();
-  peers_.push_back(std::move(made));
+  if (place == peers_.end()) {
+    peers_.push_back(std::move(made));
+  } else {
+    *place = std::move(made);
+  }
   return *entry;
 }
 

@@ -23,6 +23,7 @@ class VerbsFabric final : public Fabric {
   std::string name() const override;
 
   FabricMemory register_memory(void* data, size_t size) override;
+  FabricMemory register_device_memory(const DeviceMemory& memory) override;
   void unregister_memory(const FabricMemory& memory) override;
   uint32_t connect(const PeerAddress& peer) override;
   Post try_write(FabricOp& op) override { return post(op, static_cast<uint8_t>(op.rail)); }
@@ -73,6 +74,7 @@ class VerbsFabric final : public Fabric {
   void finish_broken(VerbsLink& link);
   void resume(VerbsLink& link);
   void fail_peer(Peer& peer, const Error& error);
+  void forget_failed();
   void keep_house(FabricEvents& events);
   Error broken_error(const VerbsLink& link, ibv_wc_status status) const;
 
@@ -95,8 +97,8 @@ class VerbsFabric final : public Fabric {
   PeerAddress address_;
   HandshakeSelf self_;
   Duration connect_timeout_;
-  std::unique_ptr<VerbsDevice> device_;  // null once closed
-  std::vector<std::unique_ptr<Peer>> peers_;
+  std::unique_ptr<VerbsDevice> device_;       // null once closed
+  std::vector<std::unique_ptr<Peer>> peers_;  // null: forgotten
   std::map<EngineId, Peer*> peers_by_id_;
   std::vector<uint32_t> numbers_;            // the engine's number -> index in peers_
   std::vector<VerbsLink*> queues_{nullptr};  // by number of the queue pair, which starts at 1

@@ -197,6 +197,21 @@ void VerbsFabric::fail_peer(Peer& peer, const Error& error) {
   }
 }
 
+// Peers come and go while an engine runs. One that has failed needs no queue pairs, and one that the engine
+// has no number for nothing at all.
+void VerbsFabric::forget_failed() {
+  for (auto& peer : peers_) {
+    if (!peer || !peer->failed) continue;
+    const bool closed = std::none_of(peer->links.begin(), peer->links.end(),
+                                     [](const auto& entry) { return entry.second->is_open(); });
+    if (!closed) continue;
+    peer->links.clear();
+    if (peer->numbered) continue;
+    peers_by_id_.erase(peer->nic.id);
+    peer.reset();
+  }
+}
+
 void VerbsFabric::keep_house(FabricEvents& events) {
   const auto now = Clock::now();
   for (size_t i = 0; i < broken_.size();) {
@@ -212,6 +227,7 @@ void VerbsFabric::keep_house(FabricEvents& events) {
   if (!handshaking_.empty()) repeat_hellos(now);
   if (now < next_events_) return;
   next_events_ = now + kEventInterval;
+  forget_failed();
   std::optional<Error> last;
   const bool usable = device_->read_events([&](const Error& error) {
     last = error;

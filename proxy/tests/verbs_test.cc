@@ -153,6 +153,23 @@ TEST_F(VerbsTest, ReconnectsAfterARefusedWrite) {
   }
 }
 
+// One engine stays while others come, write, are written to, and go.
+TEST_F(VerbsTest, PeersComeAndGo) {
+  TransferEngine stays(verbs());
+  auto at_home = stays.allocate(64);
+  for (uint64_t round = 1; round <= 5; ++round) {
+    TransferEngine guest(verbs());
+    auto source = guest.allocate(64);
+    auto remote = guest.open(at_home->descriptor());
+    ASSERT_FALSE(outcome(guest, guest.write_future({source.get(), 0, remote.get(), 0, 64, 1})));
+    stays.imm_counter(1).wait(round);
+    if (round % 2 == 0) continue;  // with every other one the stayer never connects itself
+    auto back = stays.open(source->descriptor());
+    ASSERT_FALSE(outcome(stays, stays.write_future({at_home.get(), 0, back.get(), 0, 64, 2})));
+    guest.imm_counter(2).wait(1);
+  }
+}
+
 TEST_F(VerbsTest, BothSidesBeginAtOnce) {
   for (int round = 0; round < 5; ++round) {
     TransferEngine a(verbs(2)), b(verbs(2));
