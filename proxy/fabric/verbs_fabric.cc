@@ -121,7 +121,7 @@ VerbsLink& VerbsFabric::link_of(Peer& peer, uint8_t number) {
 
 Post VerbsFabric::post(FabricOp& op, uint8_t number) {
   Peer& peer = *peers_[numbers_[op.peer]];
-  if (peer.failed) throw *peer.failed;
+  if (peer.failed) throw Error(*peer.failed);
   VerbsLink& link = link_of(peer, number);
   link.wanted = true;
   if (!link.is_open()) start(link);

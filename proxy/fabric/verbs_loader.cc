@@ -76,7 +76,7 @@ Verbs open_library() {
   symbols.must("ibv_ack_async_event", lib.ack_async_event);
   symbols.must("ibv_fork_init", lib.fork_init);
   if (!symbols.missing().empty()) {
-    const std::string missing = symbols.missing();
+    const std::string& missing = symbols.missing();
     dlclose(handle);
     throw Error(ErrorKind::kFabric,
                 std::string(kName) + " lacks " + missing + ": it is too old; install rdma-core 15 or newer");
