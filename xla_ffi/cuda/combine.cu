@@ -38,8 +38,7 @@ struct Home {
   Exchange& exchange;
   BlockState& state;
   const SlotTables& tables;
-  std::byte* rings;  // [warps, kRingBytes]
-  Span share;        // of the round's tokens
+  Span share;  // of the round's tokens
   int32_t* slots = nullptr;
 
   static constexpr int kWidth = kVec<T>;
@@ -88,7 +87,7 @@ struct Home {
       if (roles.places) usable = number(roles.placers);
     }
     const int32_t others = kRecv ? shape.num_ranks - 1 : shape.num_ranks;
-    const Ring ring(rings + warp_id() * kRingBytes);
+    const Ring ring(tables.end + warp_id() * kRingBytes);
     Queue queue{};
     uint64_t* sent = nullptr;  // epoch of what was sent last
     // It waits until all has arrived there: best done when the next rows are on their way.
@@ -202,7 +201,8 @@ struct Home {
 
   __device__ __forceinline__ void await_all(const Team& team, bool usable) {
     if (team.thread() == 0) trace(4);
-    if (!await_headers(args, team, exchange, tables, usable ? tables.counts.ranks_total : nullptr))
+    if (!await_headers(args, team, exchange, tables,
+                       usable ? static_cast<int32_t*>(tables.counts.ranks_total) : nullptr))
       usable = false;
     if (team.thread() != 0) return;
     trace(7);
@@ -322,25 +322,20 @@ struct Home {
   }
 };
 
-__host__ __device__ inline int64_t rings_at(const SlotTables& tables) { return round_up(tables.bytes(), 16); }
-
 template <typename T, typename W, int kTopK, bool kSend, bool kRecv>
 __global__ void __launch_bounds__(kThreads, 1)
     home_kernel(const __grid_constant__ Args args, const __grid_constant__ HomeSend send,
-                const __grid_constant__ HomeRecv recv) {
-  extern __shared__ int64_t memory[];
+                const __grid_constant__ HomeRecv recv, const __grid_constant__ SlotTables tables) {
   __shared__ BlockState state;
-  const SlotTables tables(args.shape, reinterpret_cast<int32_t*>(memory));
   Exchange exchange(args, state);
   exchange.begin<kSend>();
-  std::byte* rings = reinterpret_cast<std::byte*>(memory) + rings_at(tables);
-  Home<T, W, kTopK, kSend, kRecv>{
-      args, args.shape, send, recv, exchange, state, tables, rings, share(args.length(), args.begin())}
+  Home<T, W, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
+                                  exchange, state,      tables, share(args.length(), args.begin())}
       .run();
 }
 
 size_t shared_bytes(const MoeShape& shape) {
-  return static_cast<size_t>(rings_at(SlotTables(shape, nullptr)) + kThreads / kWarp * kRingBytes);
+  return SlotTables(shape).bytes() + kThreads / kWarp * kRingBytes;
 }
 
 template <bool kSend, bool kRecv, typename Visit>
@@ -360,9 +355,11 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const HomeSend& send, const HomeRecv& recv, float* ticket_out,
                     const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(
-        call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
-        [&](const Args& args) { return launch(kernel, call, shared_bytes(call.shape), args, send, recv); });
+    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
+                         [&](const Args& args) {
+                           return launch(kernel, call, shared_bytes(call.shape), args, send, recv,
+                                         SlotTables(call.shape));
+                         });
   });
 }
 

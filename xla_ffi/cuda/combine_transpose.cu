@@ -73,7 +73,8 @@ struct Cotangents {
     }
     if constexpr (kRecv) {
       if (roles.places) {
-        await_headers(args, roles.placers, exchange, tables, poisoned ? nullptr : tables.received);
+        await_headers(args, roles.placers, exchange, tables,
+                      poisoned ? nullptr : static_cast<int32_t*>(tables.received));
       }
       roles.ready();
       if (!exchange.stopped() && !poisoned) receive_rows();
@@ -243,10 +244,9 @@ struct Cotangents {
 template <typename T, int kTopK, bool kSend, bool kRecv>
 __global__ void __launch_bounds__(kThreads, 1)
     cotangent_kernel(const __grid_constant__ Args args, const __grid_constant__ CombineTransposeSend send,
-                     const __grid_constant__ CombineTransposeRecv recv, bool clears_tail) {
-  extern __shared__ int64_t memory[];
+                     const __grid_constant__ CombineTransposeRecv recv,
+                     const __grid_constant__ SlotTables tables, bool clears_tail) {
   __shared__ BlockState state;
-  const SlotTables tables(args.shape, reinterpret_cast<int32_t*>(memory));
   Exchange exchange(args, state);
   exchange.begin<kSend>();
   Cotangents<T, kTopK, kSend, kRecv>{
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       .run();
 }
 
-size_t table_bytes(const MoeShape& shape) { return static_cast<size_t>(SlotTables(shape, nullptr).bytes()); }
+size_t table_bytes(const MoeShape& shape) { return SlotTables(shape).bytes(); }
 
 template <bool kSend, bool kRecv, typename Visit>
 auto with_kernel(const MoeShape& shape, Visit&& visit) {
@@ -280,11 +280,12 @@ cudaError_t enqueue(const KernelCall& call, const CombineTransposeSend& send,
                     const CombineTransposeRecv& recv, float* ticket_out, const float* ticket_in) {
   const bool clears_tail = call.shape.zero_tail && !has_holes(call.shape);
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(
-        call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1, .whole_rows = true},
-        [&](const Args& args) {
-          return launch(kernel, call, table_bytes(call.shape), args, send, recv, clears_tail);
-        });
+    return launch_rounds(call, ticket_out, ticket_in,
+                         {.sender_share = kSend && kRecv ? kSenderShare : 1, .whole_rows = true},
+                         [&](const Args& args) {
+                           return launch(kernel, call, table_bytes(call.shape), args, send, recv,
+                                         SlotTables(call.shape), clears_tail);
+                         });
   });
 }
 

@@ -113,10 +113,18 @@ struct Control {
   uint8_t seen[kMaxSites];       // call sites that have run
 };
 
+// A number and its epoch in a word, which is whole whenever it is seen: no order is needed.
+inline constexpr int kCountBits = 24;
+inline constexpr uint32_t kCountLimit = 1U << kCountBits;
+PPLX_HD inline uint64_t announcement(uint64_t exchange, uint32_t count) {
+  return (exchange + 1) << kCountBits | count;
+}
+
 // Where things lie in a rank's device memory, which its peers write. All of it is zero at first.
 struct RegionLayout {
   int32_t lanes = 2;
   int32_t ranks = 1;
+  int32_t experts = 1;  // of a rank
   int32_t chunk = 1;
   int64_t region_bytes = 0;
 
@@ -131,8 +139,13 @@ struct RegionLayout {
     return round_up(8 * int64_t{ranks}, 128) + round_up(8 * int64_t{lanes} * ranks, 128) +
            8 * (((int64_t{lane} * ranks + source) * chunk + slot) * kMaxParts + part);
   }
+  // What a source's dispatch announces, each a word with its epoch (announcement()): rows for each of the
+  // rank's experts, then slots.
+  PPLX_HD int64_t counts_at(int32_t lane, int32_t source) const {
+    return round_up(epoch_at(lanes, 0, 0, 0), 128) + 8 * (int64_t{lane} * ranks + source) * (experts + 1);
+  }
   PPLX_HD int64_t region_at(int32_t lane, int32_t source) const {
-    return round_up(epoch_at(lanes, 0, 0, 0), 128) + (int64_t{lane} * ranks + source) * region_bytes;
+    return round_up(counts_at(lanes, 0), 128) + (int64_t{lane} * ranks + source) * region_bytes;
   }
   PPLX_HD int64_t bytes() const { return region_at(lanes, 0); }
 };

@@ -89,6 +89,7 @@ struct Dispatch {
       if (roles.places) placed = place_rows(roles.placers);
       roles.ready();
       if (placed) describe(roles.placers);
+      if (placed && roles.places && blockIdx.x == 0) check_headers(roles.placers);
       if (kSend && roles.places) roles.planned();
       if (!exchange.stopped() && load_volatile(&state.poisoned) == 0) receive_rows();
     }
@@ -104,11 +105,10 @@ struct Dispatch {
     const bool miscounted = num_tokens < 0 || num_tokens > args.tokens;
     if (miscounted) num_tokens = 0;
     const bool announces = static_cast<int32_t>(blockIdx.x) < shape.num_ranks;
-    Counts counts = tables.counts;
-    if (!adds_up() && (!announces || args.round != 0)) counts.experts_total = nullptr;
+    const bool totals = adds_up() || (announces && args.round == 0);
     const Routing<kTopK> routing{shape, send, tables, share, homes, num_tokens, &state.bad};
     const Span span = adds_up() ? share : Span{0, args.tokens};
-    count_tokens<kTopK>(args, team, span, share, counts, routing);
+    count_tokens<kTopK>(args, team, span, share, tables.counts, totals, routing);
     team.sync();
     if (threadIdx.x == 0) trace(3);
     if (threadIdx.x == 0) {
@@ -117,7 +117,7 @@ struct Dispatch {
       if (adds_up() && state.bad != ~0ULL) atomicMax(&args.control->worst[exchange.lane()], ~state.bad);
     }
     if (adds_up()) {
-      add_up_shares(args, exchange, counts);
+      add_up_shares(args, exchange, tables.counts);
       if (exchange.stopped()) return true;  // nothing is announced that is not all
       if (threadIdx.x == 0) state.bad = ~load_volatile(&args.control->worst[exchange.lane()]);
     }
@@ -162,12 +162,17 @@ struct Dispatch {
   }
 
   __device__ __forceinline__ void announce(const Team& team, int32_t rank, bool poisoned) {
-    if (args.round == 0) {
-      auto* out = reinterpret_cast<int32_t*>(exchange.outgoing(rank) + sizeof(RegionHeader));
-      const int32_t words = static_cast<int32_t>(shape.counts_bytes() / 4), experts = shape.experts_per_rank;
-      for (int32_t e = team.thread(); e < words; e += team.threads) {
-        out[e] = e < experts ? tables.counts.experts_total[rank * experts + e] : 0;
+    const int32_t experts = shape.experts_per_rank;
+    const int32_t* counts = tables.counts.experts_total + rank * experts;
+    if (exchange.direct(rank)) {
+      for (int32_t e = team.thread(); e < experts && args.round == 0; e += team.threads) {
+        exchange.announce_count(rank, e, counts[e]);
       }
+      if (team.thread() == 0) exchange.announce_count(rank, experts, tables.counts.ranks_total[rank]);
+    } else if (args.round == 0) {
+      auto* out = reinterpret_cast<int32_t*>(exchange.outgoing(rank) + sizeof(RegionHeader));
+      const int32_t words = static_cast<int32_t>(shape.counts_bytes() / 4);
+      for (int32_t e = team.thread(); e < words; e += team.threads) out[e] = e < experts ? counts[e] : 0;
     }
     team.sync();
     if (team.thread() == 0) exchange.announce(rank, tables.counts.ranks_total[rank], poisoned);
@@ -240,14 +245,23 @@ struct Dispatch {
 
   // Whether there are rows to receive.
   __device__ __forceinline__ bool place_rows(const Team& team) {
-    // Once for practice, where it is on the way of few tokens: while others plan, the instructions come.
+    // Of few tokens it is on the way: once for practice, so that the instructions come while others plan.
 #pragma unroll 1
-    for (int practice = args.senders == 0 ? 1 : 0; practice >= 0; --practice) {
-      if (!await_headers(team, practice != 0)) return false;
-      read_counts(team, practice != 0);
-      if (team.any(exchange.stopped())) return false;
+    for (bool practice = args.senders == 0;; practice = false) {
+      if (!practice) {
+        if (exchange.has_proxy()) await_proxied(team);
+        read_counts(team);
+        // Whoever finds something wrong below must not send others another way.
+        team.sync();
+        const bool usable = !exchange.stopped() && (kSend || state.poisoned == 0);
+        team.sync();
+        if (!usable) return false;
+        if (team.thread() == 0) trace(6);
+      }
       place(shape, team, recv.route.rows, tables.rows);
       team.sync();
+      if (!practice) break;
+      if (team.thread() == 0) trace(14);
     }
     if (team.thread() == 0) trace(7);
     if (*tables.rows.dropped == 0 || shape.drop) return true;
@@ -261,52 +275,86 @@ struct Dispatch {
     return false;
   }
 
-  // False: stopped, or this rank's data is wrong.
-  __device__ __forceinline__ bool await_headers(const Team& team, bool practice) {
+  __device__ __forceinline__ void note_slots(int32_t source, uint32_t count) {
+    tables.source_slots[source] = static_cast<int32_t>(count);
+    if (source != shape.rank || !kSend) atomicMax(tables.most_slots, static_cast<int32_t>(count));
+  }
+
+  __device__ __forceinline__ void await_proxied(const Team& team) {
     for (int32_t source = team.thread(); source < shape.num_ranks; source += team.threads) {
       uint32_t count = 0;
       bool poisoned = false;
-      if (!exchange.await_header(source, &count, &poisoned, practice)) break;
-      tables.source_slots[source] = static_cast<int32_t>(count);
-      if (source != shape.rank || !kSend) atomicMax(tables.most_slots, static_cast<int32_t>(count));
+      if (exchange.direct(source)) continue;
+      if (!exchange.await_header(source, &count, &poisoned)) break;
+      note_slots(source, count);
     }
-    const bool usable = !team.any(exchange.stopped() || (!kSend && state.poisoned != 0));
-    if (team.thread() == 0) trace(practice ? 14 : 6);
-    return usable;
+    team.sync();  // all is here before anybody reads on
   }
 
-  __device__ __forceinline__ void read_counts(const Team& team, bool practice) {
+  // What every source announces; what comes by proxy is here.
+  __device__ __forceinline__ void read_counts(const Team& team) {
     constexpr int kAtOnce = 4;
     const int32_t experts = shape.experts_per_rank, all = shape.num_ranks * experts;
     const bool many_rounds = args.tokens > shape.chunk;
+    const int32_t near = team.thread();  // whose slots this thread looks at first
+    const uint64_t* slots_word = near < shape.num_ranks ? exchange.count_word(near, experts) : nullptr;
+    uint64_t slots_value = slots_word != nullptr ? load_relaxed(slots_word) : 0;
+#pragma unroll 1
     for (int32_t first = team.thread(); first < all; first += kAtOnce * team.threads) {
-      uint32_t counts[kAtOnce];
+      uint64_t counts[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int32_t i = first + j * team.threads;
         if (i >= all) continue;
         // As experts of all ranks: the source has the place of the rank.
-        const int32_t source = args.rank_of(i);
+        const int32_t source = args.rank_of(i), expert = i - source * experts;
+        const uint64_t* word = exchange.count_word(source, expert);
         counts[j] =
-            practice ? 0
-            : args.round == 0
-                ? __ldcg(reinterpret_cast<const uint32_t*>(exchange.incoming(source) + sizeof(RegionHeader)) +
-                         (i - source * experts))
-                : args.control->counts[i];
+            args.round != 0 ? args.control->counts[i]
+            : word != nullptr
+                ? load_relaxed(word)
+                : __ldcg(reinterpret_cast<const uint32_t*>(exchange.incoming(source) + sizeof(RegionHeader)) +
+                         expert);
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int32_t i = first + j * team.threads;
         if (i >= all) continue;
-        if (counts[j] > static_cast<uint32_t>(args.tokens)) {
-          exchange.fail(Fault::kMalformed, args.rank_of(i), static_cast<int64_t>(Malformed::kCounts),
-                        counts[j]);
+        const int32_t source = args.rank_of(i);
+        const uint64_t* word = exchange.count_word(source, i - source * experts);
+        if (args.round == 0 && word != nullptr) {
+          if (!exchange.await_count(counts[j], word, source, args.tokens, Malformed::kCounts)) return;
+        } else if (counts[j] > static_cast<uint32_t>(args.tokens)) {
+          exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kCounts),
+                        static_cast<int64_t>(counts[j]));
+          return;
         }
-        // Later rounds need them when the region holds another message.
-        if (blockIdx.x == 0 && args.round == 0 && !practice && many_rounds)
-          args.control->counts[i] = counts[j];
+        // Later rounds need them when others have taken their place.
+        if (blockIdx.x == 0 && args.round == 0 && many_rounds)
+          args.control->counts[i] = static_cast<uint32_t>(counts[j]);
         tables.rows.source_base[i] = static_cast<int32_t>(counts[j]);
       }
+    }
+#pragma unroll 1
+    for (int32_t source = near; source < shape.num_ranks; source += team.threads) {
+      const uint64_t* word = source == near ? slots_word : exchange.count_word(source, experts);
+      if (word == nullptr) continue;
+      if (source != near) slots_value = load_relaxed(word);
+      if (!exchange.await_count(slots_value, word, source, args.length(), Malformed::kSlots)) return;
+      note_slots(source, static_cast<uint32_t>(slots_value));
+    }
+  }
+
+  // By a team of one block: that the counts were of this exchange, which the headers tell. They come later.
+  __device__ __forceinline__ void check_headers(const Team& team) {
+    for (int32_t source = team.thread(); source < shape.num_ranks; source += team.threads) {
+      uint32_t count = 0;
+      bool poisoned = false;
+      if (!exchange.direct(source)) continue;
+      if (!exchange.await_header(source, &count, &poisoned)) return;
+      if (static_cast<int32_t>(count) == tables.source_slots[source]) continue;
+      exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kSlots), count);
+      return;
     }
   }
 
@@ -520,10 +568,9 @@ struct Dispatch {
 template <typename T, int kTopK, bool kSend, bool kRecv>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ Args args, const __grid_constant__ DispatchSend send,
-                    const __grid_constant__ DispatchRecv recv) {
-  extern __shared__ int64_t memory[];
+                    const __grid_constant__ DispatchRecv recv,
+                    const __grid_constant__ DispatchTables tables) {
   __shared__ BlockState state;
-  const DispatchTables tables(args.shape, reinterpret_cast<int32_t*>(memory));
   Exchange exchange(args, state);
   exchange.begin<kSend>();
   Dispatch<T, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
@@ -532,7 +579,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 size_t table_bytes(const MoeShape& shape) {
-  return sizeof(int32_t) * static_cast<size_t>(DispatchTables(shape, nullptr).words);
+  return sizeof(int32_t) * static_cast<size_t>(DispatchTables(shape).words);
 }
 
 // visit(kernel): the kernel of a shape.
@@ -554,9 +601,11 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const DispatchSend& send, const DispatchRecv& recv,
                     float* ticket_out, const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(
-        call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
-        [&](const Args& args) { return launch(kernel, call, table_bytes(call.shape), args, send, recv); });
+    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
+                         [&](const Args& args) {
+                           return launch(kernel, call, table_bytes(call.shape), args, send, recv,
+                                         DispatchTables(call.shape));
+                         });
   });
 }
 

@@ -199,41 +199,50 @@ class Exchange {
     store_release(&to.epoch, epoch());
   }
 
+  // What a dispatch announces besides its header, and looked at before it: rows for each of the destination's
+  // experts, and slots as the last.
+  __device__ __forceinline__ void announce_count(int32_t rank, int32_t index, uint32_t count) const {
+    if (!direct(rank)) return;
+    store_relaxed(reinterpret_cast<uint64_t*>(peer(rank) + counts_at(args_.shape.rank)) + index,
+                  announcement(number_, count));
+  }
+  // Null: it comes by proxy, with the header.
+  __device__ __forceinline__ const uint64_t* count_word(int32_t source, int32_t index) const {
+    if (!direct(source)) return nullptr;
+    return reinterpret_cast<const uint64_t*>(own() + counts_at(source)) + index;
+  }
+  // By one thread, of what has just been read of such a word: waits for it. Refused above `most`. False:
+  // stopped.
+  __device__ __forceinline__ bool await_count(uint64_t& value, const uint64_t* word, int32_t source,
+                                              uint32_t most, Malformed what) {
+    if (value < announcement(number_, 0)) value = await_count_slowly(args_, state_, word, source);
+    if (value == 0) return false;
+    const auto count = static_cast<uint32_t>(value) & (kCountLimit - 1);
+    if (count > most) refuse_count(args_, state_, source, what, count);
+    value = count;
+    return count <= most;
+  }
+
   // By one thread: waits for a source's header and checks it. False: stopped. For practice it does not wait,
   // and says false whatever it finds.
   __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned,
                                                bool practice = false) {
     const auto* word = direct(source) ? reinterpret_cast<const uint64_t*>(own() + ready_at(source))
                                       : &args_.control->host->arrived[lane_];
-    if (!practice && !await(word, source)) return false;
-    if (source == 0) trace(15);
-    RegionHeader header;
-    constexpr int kVecs = offsetof(RegionHeader, site) / 16;
-    static_assert(kVecs * 16 + 12 == offsetof(RegionHeader, site));
-    uint4 some[kVecs + 1];
-#pragma unroll
-    for (int i = 0; i <= kVecs; ++i) some[i] = __ldcg(reinterpret_cast<const uint4*>(incoming(source)) + i);
-    memcpy(&header, some, offsetof(RegionHeader, site));
-    const MoeShape& shape = args_.shape;
-    const bool sound = header.magic == kMagic && header.version == kWireVersion &&
-                       header.source == static_cast<uint32_t>(source);
-    const bool same = header.exchange == number_ && header.kind == static_cast<uint8_t>(args_.kind) &&
-                      header.tag == args_.tag && header.tokens == static_cast<uint32_t>(args_.tokens) &&
-                      header.round == static_cast<uint32_t>(args_.round) &&
-                      header.hidden == static_cast<uint32_t>(shape.hidden) &&
-                      header.format == shape.format() && header.top_k == shape.top_k &&
-                      header.local_experts == shape.experts_per_rank;
-    if (practice) return false;
-    if (!sound) fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kHeader));
-    if (sound && !same) fail(Fault::kMismatch, source);
-    if (!sound || !same) return false;
+    if (!await(word, source)) return false;
+    const RegionHeader header = read_header(incoming(source));
+    const Fault fault = judge(args_, number_, header, source);
+    if (fault != Fault::kNone) {
+      fail(fault, source, static_cast<int64_t>(Malformed::kHeader));
+      return false;
+    }
     *slots = header.slots;
     *poisoned = (header.flags & kPoisoned) != 0;
     if (*slots > static_cast<uint32_t>(args_.length())) {
       fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kSlots), *slots);
       return false;
     }
-    if (*poisoned && source != shape.rank && blockIdx.x == 0) {
+    if (*poisoned && source != args_.shape.rank && blockIdx.x == 0) {
       data_error(Fault::kPoisoned, static_cast<uint32_t>(header.culprit));
     }
     return true;
@@ -336,6 +345,9 @@ class Exchange {
     return args_.regions_at + of_lane(source) * args_.region_bytes;
   }
   __device__ int64_t ready_at(int32_t source) const { return args_.ready_at + 8 * of_lane(source); }
+  __device__ int64_t counts_at(int32_t source) const {
+    return args_.counts_at + 8 * int64_t{of_lane(source)} * (args_.shape.experts_per_rank + 1);
+  }
   __device__ int64_t epoch_at(int32_t source, int32_t slot, int32_t part) const {
     return args_.epochs_at + 8 * ((int64_t{of_lane(source)} * args_.shape.chunk + slot) * kMaxParts + part);
   }

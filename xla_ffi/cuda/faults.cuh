@@ -104,6 +104,73 @@ static __device__ __noinline__ bool await_slowly(const Args& args, BlockState& s
   return false;
 }
 
+// What is wrong with a source's header: a rank's that is at the same exchange says the same of it.
+static __device__ __forceinline__ Fault judge(const Args& args, uint64_t number, const RegionHeader& header,
+                                              int32_t source) {
+  const MoeShape& shape = args.shape;
+  const bool sound = header.magic == kMagic && header.version == kWireVersion &&
+                     header.source == static_cast<uint32_t>(source);
+  const bool same = header.exchange == number && header.kind == static_cast<uint8_t>(args.kind) &&
+                    header.tag == args.tag && header.tokens == static_cast<uint32_t>(args.tokens) &&
+                    header.round == static_cast<uint32_t>(args.round) &&
+                    header.hidden == static_cast<uint32_t>(shape.hidden) && header.format == shape.format() &&
+                    header.top_k == shape.top_k && header.local_experts == shape.experts_per_rank;
+  return !sound ? Fault::kMalformed : same ? Fault::kNone : Fault::kMismatch;
+}
+static __device__ __forceinline__ RegionHeader read_header(const std::byte* region) {
+  RegionHeader header;
+  constexpr int kVecs = offsetof(RegionHeader, site) / 16;
+  static_assert(kVecs * 16 + 12 == offsetof(RegionHeader, site));
+  uint4 some[kVecs + 1];
+#pragma unroll
+  for (int i = 0; i <= kVecs; ++i) some[i] = __ldcg(reinterpret_cast<const uint4*>(region) + i);
+  memcpy(&header, some, offsetof(RegionHeader, site));
+  return header;
+}
+
+// A rank that writes this rank's memory is at another exchange, which its header tells. False: not so.
+static __device__ bool differs(const Args& args, BlockState& state, int32_t source) {
+  const auto lane = static_cast<int32_t>(state.number % args.layout.lanes);
+  const std::byte* own = peer_of(args, args.shape.rank);
+  if (load_acquire(reinterpret_cast<const uint64_t*>(own + args.layout.ready_at(lane, source))) <
+      state.number + 1) {
+    return false;
+  }
+  const Fault fault =
+      judge(args, state.number, read_header(own + args.layout.region_at(lane, source)), source);
+  if (fault != Fault::kNone) fail(args, state, fault, source, static_cast<int64_t>(Malformed::kHeader), 0);
+  return fault != Fault::kNone;
+}
+
+// Waits for a word that a source announces something by. 0: stopped.
+static __device__ __noinline__ uint64_t await_count_slowly(const Args& args, BlockState& state,
+                                                           const uint64_t* word, int32_t source) {
+  uint64_t began = 0;
+  for (uint32_t looks = 1;; ++looks) {
+    const uint64_t value = load_relaxed(word);
+    if (value >= announcement(state.number, 0)) return value;
+    if (looks % 128 == 0 && load_volatile(&args.control->failed) != 0) break;
+    if (looks % 2048 == 0 && (differs(args, state, source) || !go_on(args, state, began, source))) break;
+  }
+  *const_cast<volatile uint32_t*>(&state.stop) = 1;
+  return 0;
+}
+
+// A source announces more than there can be: most likely it is at another exchange.
+static __device__ __noinline__ void refuse_count(const Args& args, BlockState& state, int32_t source,
+                                                 Malformed what, uint32_t count) {
+  uint64_t began = 0;
+  const auto lane = static_cast<int32_t>(state.number % args.layout.lanes);
+  const auto* ready =
+      reinterpret_cast<const uint64_t*>(peer_of(args, args.shape.rank) + args.layout.ready_at(lane, source));
+  while (load_acquire(ready) < state.number + 1) {
+    if (!go_on(args, state, began, source)) return;
+  }
+  if (!differs(args, state, source)) {
+    fail(args, state, Fault::kMalformed, source, static_cast<int64_t>(what), count);
+  }
+}
+
 // Waits for the other blocks of the kernel, some of which may not have come in because the group had failed.
 static __device__ __noinline__ void meet_slowly(const Args& args, BlockState& state, const uint32_t& met,
                                                 uint32_t wanted) {

@@ -110,6 +110,7 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
         .first_slot = static_cast<int32_t>(sizeof(RegionHeader) + (counted ? shape.counts_bytes() : 0)),
         .region_bytes = call.layout.region_bytes,
         .regions_at = call.layout.region_at(0, 0),
+        .counts_at = call.layout.counts_at(0, 0),
         .epochs_at = call.layout.epoch_at(0, 0, 0, 0),
         .ready_at = call.layout.ready_at(0, 0),
         .order = call.order,

@@ -146,6 +146,7 @@ Member::Member(int64_t group, int device, const MoeShape& shape, GroupConfig con
   group_ = std::make_unique<ExchangeGroup>(with_buffers(std::move(config), shape, options.proxies));
   layout_ = {.lanes = static_cast<int32_t>(2 * group_->config().depth),
              .ranks = shape.num_ranks,
+             .experts = shape.experts_per_rank,
              .chunk = shape.chunk,
              .region_bytes = static_cast<int64_t>(buffer_sizes(shape).region_bytes)};
   allocate();

@@ -5,13 +5,13 @@
 
 namespace pplx::moe::cuda {
 
-// In shared memory.
 struct PlacementTables {
-  int32_t* source_base;  // [R, experts_per_rank] position of the source's first row among the expert's
-  int32_t* base;         // [experts_per_rank + 1] first row of each expert; then one past the last
-  int32_t* kept;         // [experts_per_rank] rows of the expert that are kept
-  int32_t* needed;       // [1] rows that would hold everything; padded: in the fullest expert
-  int32_t* dropped;      // [1]
+  SharedArray<int32_t>
+      source_base;              // [R, experts_per_rank] position of the source's first row among the expert's
+  SharedArray<int32_t> base;    // [experts_per_rank + 1] first row of each expert; then one past the last
+  SharedArray<int32_t> kept;    // [experts_per_rank] rows of the expert that are kept
+  SharedArray<int32_t> needed;  // [1] rows that would hold everything; padded: in the fullest expert
+  SharedArray<int32_t> dropped;  // [1]
 };
 
 __device__ inline int32_t aligned(const MoeShape& shape, int32_t rows) {

@@ -14,12 +14,12 @@ inline constexpr int kBallotRanks = 16;
 // So many choices of a block's share of the tokens are kept in shared memory.
 inline constexpr int32_t kNearChoices = 512;
 
-// In shared memory; zero at first.
+// Zero at first.
 struct Counts {
-  int32_t* ranks_before;    // [R] slots of this round before the block's share
-  int32_t* ranks_total;     // [R] slots of this round
-  int32_t* experts_before;  // [physical experts] pairs before the block's share, or null
-  int32_t* experts_total;   // [physical experts] pairs, or null
+  SharedArray<int32_t> ranks_before;    // [R] slots of this round before the block's share
+  SharedArray<int32_t> ranks_total;     // [R] slots of this round
+  SharedArray<int32_t> experts_before;  // [physical experts] pairs before the block's share, or none
+  SharedArray<int32_t> experts_total;   // [physical experts] pairs, or none
 };
 
 // Where a lane stands when a warp looks at several tokens' choices at once, kTopK lanes a token.
@@ -31,11 +31,12 @@ struct ChoiceLane {
   uint32_t token_lanes = ((1ULL << kTopK) - 1U) << (lane_id() / kTopK * kTopK);
 };
 
-// By a team, of the tokens in `span`: adds up `counts`. choices.load(token, k) is what the choice is told by,
-// choices.home(token, k, loaded, valid) its physical expert, below 0: none; by whole warps.
+// By a team, of the tokens in `span`: adds up `counts`, experts' in all with `totals`. choices.load(token, k)
+// is what the choice is told by, choices.home(token, k, loaded, valid) its physical expert, below 0: none; by
+// whole warps.
 template <int kTopK, typename Choices>
 __device__ __forceinline__ void count_tokens(const Args& args, const Team& team, Span span, Span share,
-                                             const Counts& counts, const Choices& choices) {
+                                             const Counts& counts, bool totals, const Choices& choices) {
   constexpr int kAtOnce = 3;
   const ChoiceLane<kTopK> lane;
   const MoeShape& shape = args.shape;
@@ -58,9 +59,9 @@ __device__ __forceinline__ void count_tokens(const Args& args, const Team& team,
       const int32_t home = choices.home(token, lane.k, loaded[i], valid);
       const bool routed = home >= 0, mine = token < share.begin;
       const bool in_round = token >= round_begin && token < round_end;
-      if (routed && counts.experts_before != nullptr) {
+      if (routed && counts.experts_before.exists()) {
         if (mine) atomicAdd(&counts.experts_before[home], 1);
-        if (counts.experts_total != nullptr) atomicAdd(&counts.experts_total[home], 1);
+        if (totals) atomicAdd(&counts.experts_total[home], 1);
       }
       const int32_t rank = routed ? args.rank_of(home) : -1;
       const uint32_t same = __match_any_sync(kAllLanes, routed ? rank : -1 - lane_id()) & lane.token_lanes;
@@ -89,7 +90,7 @@ __device__ __forceinline__ void count_tokens(const Args& args, const Team& team,
 // blocks, and finds what lies before the share. Every block comes here.
 __device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchange, const Counts& counts) {
   const int32_t ranks = args.shape.num_ranks;
-  const int32_t entries = ranks + (counts.experts_total != nullptr ? args.shape.physical_experts() : 0);
+  const int32_t entries = ranks + (counts.experts_total.exists() ? args.shape.physical_experts() : 0);
   uint32_t* shares =
       args.control->shares + int64_t{exchange.lane()} * (ranks + args.shape.physical_experts()) * kMaxBlocks;
   const auto at = [&](int32_t entry) -> int32_t& {

@@ -6,51 +6,50 @@
 
 namespace pplx::moe::cuda {
 
-// In dynamic shared memory.
 struct DispatchTables {
   Counts counts;
-  int32_t* places;        // [E] the expert's place, or, with replicas, its first one in `replicas`
-  int32_t* copies;        // [E]
-  int32_t* replicas;      // [physical experts] by expert
-  int32_t* source_slots;  // [R]
-  int32_t* most_slots;    // [1] of any source
+  SharedArray<int32_t> places;    // [E] the expert's place, or, with replicas, its first one in `replicas`
+  SharedArray<int32_t> copies;    // [E]
+  SharedArray<int32_t> replicas;  // [physical experts] by expert
+  SharedArray<int32_t> source_slots;  // [R]
+  SharedArray<int32_t> most_slots;    // [1] of any source
   PlacementTables rows;
-  int32_t* scratch;  // [E]
+  SharedArray<int32_t> scratch;  // [E]
   // [kNearChoices] of the block's share of the tokens, if it is small: physical experts, and what Control's
   // scratch of these names holds otherwise.
-  int32_t* homes;
-  int32_t* slots;
-  uint32_t* ordinals;
-  int32_t* replicated;
+  SharedArray<int32_t> homes;
+  SharedArray<int32_t> slots;
+  SharedArray<uint32_t> ordinals;
+  SharedArray<int32_t> replicated;
   int32_t words;
 
-  __host__ __device__ DispatchTables(const MoeShape& shape, int32_t* memory) {
-    int32_t* at = memory;
+  explicit DispatchTables(const MoeShape& shape) {
+    int32_t at = 0;
     const auto take = [&](int32_t count) {
-      int32_t* taken = at;
+      const SharedArray<int32_t> taken{at};
       at += (count + 1) / 2 * 2;
       return taken;
     };
     const int32_t physical = shape.physical_experts(), ranks = shape.num_ranks;
     counts = {take(ranks), take(ranks), take(physical), take(physical)};
-    counted = static_cast<int32_t>(at - memory);
+    counted = at;
     source_slots = take(ranks);
     most_slots = take(1);
     replicated = take(1);
-    zeroed = static_cast<int32_t>(at - memory);
+    rows.source_base = take(physical);
+    zeroed = at;
     places = take(shape.num_experts);
     copies = take(shape.num_experts);
     replicas = take(physical);
     scratch = take(shape.num_experts);
-    rows.source_base = take(physical);
     rows.base = take(shape.experts_per_rank + 1);
     rows.kept = take(shape.experts_per_rank);
     rows.needed = take(1);
     rows.dropped = take(1);
     homes = take(kNearChoices);
     slots = take(kNearChoices);
-    ordinals = reinterpret_cast<uint32_t*>(take(kNearChoices));
-    words = static_cast<int32_t>(at - memory);
+    ordinals = {take(kNearChoices).at};
+    words = at;
   }
   int32_t counted, zeroed;  // the first words, which are `counts`, and which must be zero at first
 };

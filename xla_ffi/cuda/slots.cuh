@@ -7,30 +7,30 @@
 
 namespace pplx::moe::cuda {
 
-// In dynamic shared memory.
 struct SlotTables {
   Counts counts;
-  int32_t* received;   // [R] slots that this rank received in the round
-  int32_t* announced;  // [R] slots that the source says it sends
-  uint32_t* poisoned;  // [R] the source's data is wrong
-  uint32_t* unsound;   // [1] the route is not one that dispatch returned
-  int32_t* most;       // [1] slots that travel between two ranks
-  int32_t words;       // of the above
-  int32_t* near;       // [kNearChoices] slots of the share's tokens, if there are few
-  std::byte* rings;    // [warps, kRingBytes]
+  SharedArray<int32_t> received;   // [R] slots that this rank received in the round
+  SharedArray<int32_t> announced;  // [R] slots that the source says it sends
+  SharedArray<uint32_t> poisoned;  // [R] the source's data is wrong
+  SharedArray<uint32_t> unsound;   // [1] the route is not one that dispatch returned
+  SharedArray<int32_t> most;       // [1] slots that travel between two ranks
+  int32_t words;                   // of the above
+  SharedArray<int32_t> near;       // [kNearChoices] slots of the share's tokens, if there are few
+  SharedArray<std::byte> end;      // of all that, a multiple of 16 bytes
 
-  __host__ __device__ SlotTables(const MoeShape& shape, int32_t* memory) {
+  explicit SlotTables(const MoeShape& shape) {
     const int32_t ranks = (shape.num_ranks + 1) / 2 * 2;
-    counts = {memory, memory + ranks, nullptr, nullptr};
-    received = memory + 2 * ranks;
-    announced = memory + 3 * ranks;
-    poisoned = reinterpret_cast<uint32_t*>(memory + 4 * ranks);
-    unsound = reinterpret_cast<uint32_t*>(memory + 5 * ranks);
-    most = memory + 5 * ranks + 1;
+    counts = {{0}, {ranks}, {}, {}};
+    received = {2 * ranks};
+    announced = {3 * ranks};
+    poisoned = {4 * ranks};
+    unsound = {5 * ranks};
+    most = {5 * ranks + 1};
     words = 5 * ranks + 2;
-    near = memory + words;
+    near = {words};
+    end = {static_cast<int32_t>(round_up(words + kNearChoices, 4))};
   }
-  __host__ __device__ int32_t bytes() const { return 4 * (words + kNearChoices); }
+  size_t bytes() const { return 4 * static_cast<size_t>(end.at); }
 };
 
 // A part of a slot of another rank.
@@ -81,7 +81,7 @@ __device__ __forceinline__ bool number_own_tokens(const Args& args, const Team& 
   const CheckedHomes choices{args.shape, home, tables.unsound};
   const bool adds_up = args.senders != 0 && args.shape.rounds(args.tokens) == 1;
   const Span span = adds_up ? share : Span{0, args.tokens};
-  count_tokens<kTopK>(args, team, span, share, tables.counts, choices);
+  count_tokens<kTopK>(args, team, span, share, tables.counts, false, choices);
   team.sync();
   bool usable = *tables.unsound == 0;
   team.sync();

@@ -41,7 +41,7 @@ struct Args {
   int32_t slot_header_bytes, scales_at, home_stride;  // in a slot
   int64_t stride;
   int32_t first_slot;
-  int64_t region_bytes, regions_at, epochs_at, ready_at;
+  int64_t region_bytes, regions_at, counts_at, epochs_at, ready_at;
   float* order;
   float* ticket_out;
   const float* ticket_in;
@@ -56,6 +56,20 @@ struct Args {
   __device__ int32_t slot_index(int32_t source, int32_t slot) const {
     return shape.num_ranks * begin() + source * length() + slot;
   }
+};
+
+// An array in a block's dynamic shared memory. Where it lies comes from the host: then it takes no registers.
+template <typename T>
+struct SharedArray {
+  int32_t at = -1;  // in words of 4 bytes; -1: there is none
+
+  __host__ __device__ bool exists() const { return at >= 0; }
+#ifdef __CUDACC__
+  __device__ __forceinline__ operator T*() const {  // NOLINT(google-explicit-constructor)
+    extern __shared__ int4 shared_memory[];
+    return reinterpret_cast<T*>(reinterpret_cast<int32_t*>(shared_memory) + at);
+  }
+#endif
 };
 
 // A half-open range of a block's work.

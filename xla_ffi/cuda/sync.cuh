@@ -16,6 +16,15 @@ __device__ inline uint64_t load_acquire(const uint64_t* word) {
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
+// For words that say all by themselves.
+__device__ inline uint64_t load_relaxed(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ inline void store_relaxed(uint64_t* word, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");
+}
 // What the calling thread knows of becomes visible first: its own writes, and those of threads that it has
 // synchronised with.
 __device__ inline void store_release(uint64_t* word, uint64_t value) {
@@ -61,16 +70,6 @@ struct Team {
   __device__ int warps() const { return threads / kWarp; }
   __device__ bool has_me() const { return thread() >= 0 && thread() < threads; }
   __device__ void sync() const { wait_at(barrier, threads); }
-  // Whether it is true in any thread: the same answer for all.
-  __device__ bool any(bool value) const {
-    uint32_t found;
-    asm volatile(
-        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.or.pred q, %2, %3, p; selp.u32 %0, 1, 0, q; }"
-        : "=r"(found)
-        : "r"(value ? 1 : 0), "r"(barrier), "r"(threads)
-        : "memory");
-    return found != 0;
-  }
 };
 
 }  // namespace pplx::moe::cuda

@@ -35,6 +35,7 @@ void store(T& word, T value) {
 inline RegionLayout region_layout(const MoeShape& shape, int depth) {
   return {.lanes = 2 * depth,
           .ranks = shape.num_ranks,
+          .experts = shape.experts_per_rank,
           .chunk = shape.chunk,
           .region_bytes = round_up(static_cast<int64_t>(sizeof(RegionHeader)) + shape.longest_body(), 128)};
 }
