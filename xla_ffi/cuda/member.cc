@@ -362,7 +362,10 @@ std::optional<std::pair<Error, bool>> Member::take_data_error() {
 MemberStats Member::stats() const {
   const std::lock_guard guard(lifetime_);
   const auto bytes = [](const auto& memory) { return memory != nullptr ? memory->bytes() : 0; };
-  MemberStats stats{.group = group_->stats(), .nvlink = options_.nvlink, .num_sms = options_.num_sms};
+  MemberStats stats{};
+  stats.group = group_->stats();
+  stats.nvlink = options_.nvlink;
+  stats.num_sms = options_.num_sms;
   // Where all ranks are on NVLink kernels count alone.
   uint64_t exchanges = exchanges_;
   if (courier_ != nullptr && !closed_ && !group_->failure()) exchanges = block_->next();
