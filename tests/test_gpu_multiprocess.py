@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 from gpu import PATHS, PROCESS, SKEWS, SMALL, need
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import PartitionSpec as P
 from moe_oracle import Case, dense, make_mesh, sharded
+from test_gpu_exchange import check_training
 from test_multiprocess import check_rows, error_of, local_rows, on_mesh
 
 from pplx_jax import ExpertParallel
@@ -63,6 +65,23 @@ def test_every_path():
     for devices, gradients in on_two(train, 30):
         assert devices == 1
         assert gradients["nvlink"] == gradients["shm"] == gradients["tcp"]
+
+
+def train_beside_collectives(steps):
+    with group("nvlink", "collectives") as ep:
+
+        def put(array, spec):
+            whole = np.asarray(array)
+            sharding = jax.NamedSharding(ep.mesh, spec)
+            return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+        check_training(ep, steps, put, lambda state: process_allgather(state, tiled=True), every=10)
+    return steps
+
+
+def test_training_beside_collectives():
+    """As in one process: an all-gather of weights and a sum of gradients between the exchanges."""
+    assert on_two(train_beside_collectives, 1000) == [1000, 1000]
 
 
 def victim(path):
