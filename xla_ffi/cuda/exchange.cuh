@@ -227,9 +227,11 @@ class Exchange {
   // and says false whatever it finds.
   __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned,
                                                bool practice = false) {
-    const auto* word = direct(source) ? reinterpret_cast<const uint64_t*>(own() + ready_at(source))
-                                      : &args_.control->host->arrived[lane_];
-    if (!await(word, source)) return false;
+    if (direct(source)) {
+      if (!await(reinterpret_cast<const uint64_t*>(own() + ready_at(source)), source)) return false;
+    } else if (!await_host(source)) {
+      return false;
+    }
     const RegionHeader header = read_header(incoming(source));
     const Fault fault = judge(args_, number_, header, source);
     if (fault != Fault::kNone) {
@@ -264,6 +266,16 @@ class Exchange {
   // By one lane: until a word has the exchange's epoch. False: stopped.
   __device__ __forceinline__ bool await(const uint64_t* word, int32_t source) {
     return load_acquire(word) >= epoch() || await_slowly(args_, state_, word, source);
+  }
+
+  // By one thread: what comes by proxy. One block, which does not send first, asks the host, as the questions
+  // take the bus that the messages travel on.
+  __device__ __forceinline__ bool await_host(int32_t source) {
+    uint64_t& relayed = args_.control->relayed[lane_];
+    if (blockIdx.x + 1 != gridDim.x) return await(&relayed, source);
+    if (!await(&args_.control->host->arrived[lane_], source)) return false;
+    store_release(&relayed, epoch());
+    return true;
   }
 
   // Final; the first one wins.

@@ -103,60 +103,68 @@ __device__ __forceinline__ void copy_scales(Quant quant, const std::byte* source
   }
 }
 
-// By a warp, a block by kLanes lanes: few lanes a block keep the code short.
+// By a warp, a block by kLanes lanes, each of which writes 16 bytes.
 template <typename T>
 __device__ __noinline__ void quantize_part(Quant quant, const T* source, Part part, Places to) {
-  constexpr int kLanes = 4, kBlocks = kWarp / kLanes, kEach = kScaleBlock / kLanes;
-  constexpr int kLoads = kEach / kVec<T>, kWords = kEach / 4;
+  constexpr int kEach = 16, kLanes = kScaleBlock / kEach, kBlocks = kWarp / kLanes, kAtOnce = 2;
+  constexpr int kLoads = kEach / kVec<T>;
 #pragma unroll 1
-  for (int32_t base = part.scale_begin; base < part.scale_end; base += kBlocks) {
-    const int32_t block = base + lane_id() / kLanes;
-    const int32_t at = block * kScaleBlock + lane_id() % kLanes * kEach;
-    uint4 some[kLoads];
+  for (int32_t base = part.scale_begin; base < part.scale_end; base += kBlocks * kAtOnce) {
+    const int32_t first = base + lane_id() / kLanes;
+    uint4 some[kAtOnce][kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      some[i] = at + i * kVec<T> < part.end ? load_vec(source + at + i * kVec<T>) : uint4{0, 0, 0, 0};
-    }
-    float values[kEach];
-    uint32_t max = 0;
+    for (int m = 0; m < kAtOnce; ++m) {
+      const int32_t at = (first + m * kBlocks) * kScaleBlock + lane_id() % kLanes * kEach;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      float(&of)[kVec<T>] = *reinterpret_cast<float(*)[kVec<T>]>(&values[i * kVec<T>]);
-      unpack<T>(some[i], of);
-#pragma unroll
-      for (int j = 0; j < kVec<T>; ++j) max = ::max(max, __float_as_uint(of[j]) & 0x7fffffffU);
-    }
-#pragma unroll
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      max = ::max(max, __shfl_xor_sync(kAllLanes, max, width));
-    }
-    const bool finite = max < 0x7f800000U;
-    const BlockScale scale = block_scale(finite ? __uint_as_float(max) : 0.0F, quant);
-    uint32_t words[kWords];
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      words[w] = 0;
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        const uint32_t two = e4m3_pair(__fmul_rn(values[4 * w + j], scale.inverse),
-                                       __fmul_rn(values[4 * w + j + 1], scale.inverse));
-        words[w] |= (finite ? two : 0x7f7fU) << (8 * j);
+      for (int i = 0; i < kLoads; ++i) {
+        some[m][i] = at + i * kVec<T> < part.end ? load_vec(source + at + i * kVec<T>) : uint4{0, 0, 0, 0};
       }
     }
-    to.each([&](std::byte* row, std::byte* scales) {
 #pragma unroll
-      for (int w = 0; w < kWords; w += 4) {
-        if (at + 4 * w < part.end) {
-          store_vec(row + at + 4 * w, {words[w], words[w + 1], words[w + 2], words[w + 3]});
+    for (int m = 0; m < kAtOnce; ++m) {
+      const int32_t block = first + m * kBlocks;
+      const int32_t at = block * kScaleBlock + lane_id() % kLanes * kEach;
+      float values[kEach];
+      uint32_t max = 0;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        float of[kVec<T>];
+        unpack<T>(some[m][i], of);
+#pragma unroll
+        for (int j = 0; j < kVec<T>; ++j) {
+          values[i * kVec<T> + j] = of[j];
+          max = ::max(max, __float_as_uint(of[j]) & 0x7fffffffU);
         }
       }
-      if (at >= part.end || lane_id() % kLanes != 0) return;
-      if (quant == Quant::kFp8) {
-        reinterpret_cast<float*>(scales)[block] = scale.value;
-      } else {
-        reinterpret_cast<uint8_t*>(scales)[block] = scale.exponent;
+#pragma unroll
+      for (int width = kLanes / 2; width > 0; width /= 2) {
+        max = ::max(max, __shfl_xor_sync(kAllLanes, max, width));
       }
-    });
+      const bool finite = max < 0x7f800000U;
+      const BlockScale scale = block_scale(finite ? __uint_as_float(max) : 0.0F, quant);
+      uint32_t words[kEach / 4];
+#pragma unroll
+      for (int w = 0; w < kEach / 4; ++w) {
+        words[w] = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          const uint32_t two = e4m3_pair(__fmul_rn(values[4 * w + j], scale.inverse),
+                                         __fmul_rn(values[4 * w + j + 1], scale.inverse));
+          words[w] |= (finite ? two : 0x7f7fU) << (8 * j);
+        }
+      }
+      const bool mine = at < part.end;
+      to.each([&](std::byte* row, std::byte* scales) {
+        if (!mine) return;
+        store_vec(row + at, {words[0], words[1], words[2], words[3]});
+        if (lane_id() % kLanes != 0) return;
+        if (quant == Quant::kFp8) {
+          reinterpret_cast<float*>(scales)[block] = scale.value;
+        } else {
+          reinterpret_cast<uint8_t*>(scales)[block] = scale.exponent;
+        }
+      });
+    }
   }
 }
 
