@@ -85,6 +85,7 @@ def measure(mesh: Mesh, path: str, args: argparse.Namespace) -> None:
         max_tokens=args.tokens,
         dtype="bfloat16",
         depth=2,
+        chunk=args.tokens,
         **options,
     ) as ep:
         indices = np.argsort(rng.random((STEPS, total, args.experts)), -1)[..., : args.top_k].astype(np.int32)
