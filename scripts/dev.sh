@@ -198,11 +198,19 @@ activate() {
 }
 
 # setup EXTRA APT-SECTION...
+# Some sources are compiled alike in several build folders.
+use_ccache() {
+  command -v ccache >/dev/null || return 0
+  export CMAKE_C_COMPILER_LAUNCHER=ccache CMAKE_CXX_COMPILER_LAUNCHER=ccache CMAKE_CUDA_COMPILER_LAUNCHER=ccache
+  export CCACHE_DIR=$ROOT/build/ccache CCACHE_BASEDIR=$ROOT CCACHE_NOHASHDIR=1
+}
+
 setup() {
   local extra=$1
   shift
   check_python
   install_apt "$@"
+  use_ccache
   make_venv "$VENV" "$PYTHON"
   activate "$VENV"
   once "$VENV/.requirements-$extra" "$(requirements_key "$extra")" install_requirements "$VENV" "$extra"
@@ -385,6 +393,7 @@ prepare() { # EXTRA APT-SECTION...
   stage setup setup "$@"
   ((status == 0)) || exit 1
   activate "$VENV"
+  use_ccache
   mkdir -p build
 }
 
