@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import statistics
@@ -318,14 +317,16 @@ def copy_rates(devices: Sequence[jax.Device]) -> tuple[float, float]:
     """Bytes per second: from GPU to GPU in each direction, and read plus written in one GPU's memory."""
     size = 1 << 30
     local = jax.device_put(jnp.ones(size // 4, jnp.float32), devices[0])
-    bump = jax.jit(lambda a: a + 1)
+    passes = 10  # in one launch, which would count otherwise
+    bump = jax.jit(lambda a: jax.lax.fori_loop(0, passes, lambda _, b: b + 1, a))
     jax.block_until_ready(bump(local))
-    memory = 2 * size / (median_us(bump, (local,), 20) / 1e6)
+    memory = 2 * size * passes / (median_us(bump, (local,), 5) / 1e6)
     if len(devices) < 2:
         return memory, memory
-    move = functools.partial(jax.device_put, device=devices[1])
+    copies = 4
+    move = lambda a: [jax.device_put(a, devices[1]) for _ in range(copies)]  # noqa: E731
     jax.block_until_ready(move(local))
-    return size / (median_us(move, (local,), 20) / 1e6), memory
+    return copies * size / (median_us(move, (local,), 10) / 1e6), memory
 
 
 def floor_us(shape: Shape, load: Load, rates: tuple[float, float]) -> tuple[float, float, float]:
