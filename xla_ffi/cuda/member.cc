@@ -127,6 +127,10 @@ Member::Member(int64_t group, int device, const MoeShape& shape, GroupConfig con
     refuse(std::to_string(shape.physical_experts()) + " experts (with replicas); GPUs take at most " +
            std::to_string(kMaxExperts));
   }
+  if (shape.max_tokens >= static_cast<int64_t>(kCountLimit)) {
+    refuse("max_tokens is " + std::to_string(shape.max_tokens) + ", GPUs take less than " +
+           std::to_string(kCountLimit));
+  }
   if (options.nvlink.size() != static_cast<size_t>(shape.num_ranks) || !options.nvlink[shape.rank]) {
     refuse("the ranks to reach by NVLink are not those of the group");
   }
