@@ -54,6 +54,15 @@ def test_grid(path, ranks, fields):
         run(ep, [Case(ep, (8, 5)[seed % 2], seed, skew) for seed, skew in enumerate(SKEWS)])
 
 
+@pytest.mark.parametrize("fabric", ["shm", "tcp"])
+def test_nvlink_inside_and_proxy_outside(fabric):
+    """Two nodes of two GPUs each, all on this host."""
+    with group(4, node_size=2, fabric=fabric, dtype="bfloat16") as ep:
+        run(ep, [Case(ep, (8, 5)[seed % 2], seed, SKEWS[seed % len(SKEWS)]) for seed in range(20)])
+        transports = [peer["transport"] for peer in ep.stats()["ranks"][0]["peers"]]
+        assert transports == ["nvlink", "nvlink", "proxy", "proxy"]
+
+
 @ranks_of
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("experts", [10, 40])
