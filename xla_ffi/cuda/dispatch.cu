@@ -89,7 +89,7 @@ struct Dispatch {
       if (roles.places) placed = place_rows(roles.placers);
       roles.ready();
       if (placed) describe(roles.placers);
-      if (placed && roles.places && blockIdx.x == 0) check_headers(roles.placers);
+      if (roles.places && blockIdx.x == 0 && !exchange.stopped()) check_headers(roles.placers);
       if (kSend && roles.places) roles.planned();
       if (!exchange.stopped() && load_volatile(&state.poisoned) == 0) receive_rows();
     }

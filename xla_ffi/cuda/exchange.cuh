@@ -223,10 +223,8 @@ class Exchange {
     return count <= most;
   }
 
-  // By one thread: waits for a source's header and checks it. False: stopped. For practice it does not wait,
-  // and says false whatever it finds.
-  __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned,
-                                               bool practice = false) {
+  // By one thread: waits for a source's header and checks it. False: stopped.
+  __device__ __forceinline__ bool await_header(int32_t source, uint32_t* slots, bool* poisoned) {
     if (direct(source)) {
       if (!await(reinterpret_cast<const uint64_t*>(own() + ready_at(source)), source)) return false;
     } else if (!await_host(source)) {

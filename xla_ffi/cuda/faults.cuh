@@ -128,7 +128,8 @@ static __device__ __forceinline__ RegionHeader read_header(const std::byte* regi
   return header;
 }
 
-// A rank that writes this rank's memory is at another exchange, which its header tells. False: not so.
+// A rank that writes this rank's memory is at another exchange, which its header tells. False: not so, or it
+// has none yet; ranks that are reached by proxy never have.
 static __device__ bool differs(const Args& args, BlockState& state, int32_t source) {
   const auto lane = static_cast<int32_t>(state.number % args.layout.lanes);
   const std::byte* own = peer_of(args, args.shape.rank);
@@ -150,7 +151,11 @@ static __device__ __noinline__ uint64_t await_count_slowly(const Args& args, Blo
     const uint64_t value = load_relaxed(word);
     if (value >= announcement(state.number, 0)) return value;
     if (looks % 128 == 0 && load_volatile(&args.control->failed) != 0) break;
-    if (looks % 2048 == 0 && (differs(args, state, source) || !go_on(args, state, began, source))) break;
+    if (looks % 2048 != 0) continue;
+    // Whoever is late may be waiting for a rank that is elsewhere.
+    bool apart = false;
+    for (int32_t rank = 0; rank < args.shape.num_ranks && !apart; ++rank) apart = differs(args, state, rank);
+    if (apart || !go_on(args, state, began, source)) break;
   }
   *const_cast<volatile uint32_t*>(&state.stop) = 1;
   return 0;

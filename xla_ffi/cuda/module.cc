@@ -119,7 +119,8 @@ int most_blocks(int device, const MoeShape& shape) {
   int blocks = 0;
   check(load_kernels(shape, &blocks), "loading kernels for " + std::to_string(shape.physical_experts()) +
                                           " experts, top_k=" + std::to_string(shape.top_k) +
-                                          ", on CUDA device " + std::to_string(device));
+                                          ", on CUDA device " + std::to_string(device) +
+                                          " (they need 134 KB of shared memory a block or more)");
   return blocks;
 }
 
