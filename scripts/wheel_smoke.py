@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import pplx_jax
+import pplx_jax.models
+import pplx_jax.testing
 
 RANKS, TOKENS, HIDDEN, EXPERTS, TOP_K = 4, 16, 32, 8, 2
 

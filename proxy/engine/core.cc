@@ -16,6 +16,7 @@ namespace {
 
 constexpr size_t kSendSlots = 64;
 constexpr auto kMaintenance = std::chrono::milliseconds(10);
+constexpr uint32_t kGreetAgain = 1000;   // ms between two greetings of a peer that has to know this engine
 constexpr uint32_t kSuspectAfter = 100;  // ms without a completion before a peer's process is looked at
 constexpr int kFlushPolls = 16;
 
@@ -185,6 +186,10 @@ void EngineCore::maintain() {
   pools_->maintain();
   for (Peer& peer : peers_) {
     fail_late(peer.waiting);
+    // A greeting may be lost with its NIC.
+    if (!peer.ready && !peer.failed && peer.waiting.front() != nullptr && now - peer.greeted > kGreetAgain) {
+      greet(peer_numbers_.at(peer.address), kHello);
+    }
     for (Path& path : peer.paths) {
       Op* oldest = path.posted.front() != nullptr ? path.posted.front() : path.pending.front();
       if (oldest == nullptr) continue;

@@ -47,6 +47,7 @@ struct Peer {
   std::optional<Error> failed;  // set once, for good: an engine that restarts has a new address
   OpQueue waiting;              // for `ready`
   bool ready = true;            // may be written to: see FabricCaps::mutual
+  uint32_t greeted = 0;         // tick at which it was told of this engine last, where it has to know
   uint32_t messages = 0;        // send buffers that it holds
 };
 

@@ -50,6 +50,14 @@ void EngineCore::add_nics() {
   // Also of an engine with one NIC: its peers may have several.
   split_above_ = std::min(max_write_, kSplitAbove);
   address_ = Address(encode(self_));
+  // Every message begins with it.
+  constexpr size_t kRoom = 1024;
+  if (address_.bytes().size() + kRoom > max_message_) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "the address of this engine's " + std::to_string(nics_.size()) + " NICs has " +
+                    std::to_string(address_.bytes().size()) + " bytes, too many for messages of " +
+                    std::to_string(max_message_) + ": use fewer NICs or endpoints");
+  }
   fabric_name_ = nics_[0].fabric->name();
   if (wanted > 1) fabric_name_ += " on " + std::to_string(wanted) + " NICs";
 }
@@ -237,6 +245,7 @@ void EngineCore::fail_peer(Peer& peer, const Error& error) {
 // Where targets take nothing from strangers, peers exchange messages before the first write: who gets a hello
 // knows the sender from then on, and so does who gets the answer.
 void EngineCore::greet(uint32_t peer, uint8_t type) {
+  peers_[peer].greeted = tick_.load(std::memory_order_relaxed);
   queue_message(peer, message_header(type), new IgnoringSink);
 }
 

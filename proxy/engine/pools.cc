@@ -197,7 +197,11 @@ PoolImpl::~PoolImpl() {
   core_->pools_->remove(number_);
   if (core_->fabric_closed_) return;
   for (const auto& announced : waiting_) {
-    core_->pools_->tell(announced.from, kPoolRefused, {announced.request}, "it was closed");
+    try {
+      core_->pools_->tell(announced.from, kPoolRefused, {announced.request}, "it was closed");
+    } catch (const Error& error) {
+      core_->on_error(error);  // whoever cannot be reached learns it from its timeout
+    }
   }
 }
 
@@ -215,6 +219,7 @@ size_t PoolImpl::lost() const noexcept {
 }
 
 void PoolImpl::announced(const Bytes& from, uint64_t request, uint64_t length) {
+  core_->connect(from);  // who cannot be answered takes no place
   std::string why;
   {
     std::lock_guard lock(mutex_);
@@ -248,7 +253,17 @@ void PoolImpl::grant_waiting() {
       states_[buffer] = State::kGranted;
       granted_[next.from][next.request] = {buffer, next.length, core_->deadline(std::nullopt)};
     }
-    core_->pools_->tell(next.from, kPoolGrant, {next.request, buffer});
+    try {
+      core_->pools_->tell(next.from, kPoolGrant, {next.request, buffer});
+    } catch (const Error& error) {
+      core_->on_error(error);
+      std::lock_guard lock(mutex_);
+      auto sender = granted_.find(next.from);
+      sender->second.erase(next.request);
+      if (sender->second.empty()) granted_.erase(sender);
+      states_[buffer] = State::kFree;
+      free_.push_back(buffer);
+    }
   }
 }
 

@@ -54,8 +54,8 @@ size_t WatchImpl::look(EngineCore& engine) {
     return 0;
   }
   if (!config.writes.empty()) {
-    self_ = shared_from_this();
     for (uint64_t value = before; value < now; ++value) {
+      self_ = shared_from_this();  // until all that was posted is complete
       posted.fetch_add(config.writes.size(), std::memory_order_release);
       for (const PreparedWrite& write : config.writes) {
         engine.submit(engine.make_write({.source = write.source.get(),

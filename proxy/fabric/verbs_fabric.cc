@@ -123,7 +123,12 @@ Post VerbsFabric::post(FabricOp& op, uint8_t number) {
   Peer& peer = *peers_[numbers_[op.peer]];
   if (peer.failed) throw Error(*peer.failed);
   VerbsLink& link = link_of(peer, number);
-  link.wanted = true;
+  if (!link.wanted) {
+    link.wanted = true;
+    // The peer may have begun, and given up: nobody says hello any more.
+    const bool waits = std::find(handshaking_.begin(), handshaking_.end(), &link) != handshaking_.end();
+    if (link.is_open() && !link.pairing.confirmed() && !waits) start(link);
+  }
   if (!link.is_open()) start(link);
   if (!link.pairing.confirmed() || link.broken() || link.full() || !link.held.empty() ||
       outstanding_ >= device_->send_budget()) {

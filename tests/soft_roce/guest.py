@@ -65,17 +65,17 @@ JOB = """
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/dev/shm TMPDIR=/dev/shm
 export GUEST={number} GUEST_ADDRESS=10.9.0.{host}
 hostname guest-{number}
-{{
-  set -e
-  ip link set lo up
-  {link}
-  ip address add $GUEST_ADDRESS/24 dev {device}
-  ip link set {device} up
-  rdma link add rxe0 type rxe netdev {device}
-  {loss}
-  ulimit -l unlimited
-  cd {folder}
-}} || {{ echo {mark} 100; exit; }}
+set -e  # of the whole script: within a condition it would be ignored
+trap 'echo {mark} 100' EXIT
+ip link set lo up
+{link}
+ip address add $GUEST_ADDRESS/24 dev {device}
+ip link set {device} up
+rdma link add rxe0 type rxe netdev {device}
+{loss}
+ulimit -l unlimited
+cd {folder}
+trap - EXIT
 set +e
 {command}
 echo {mark} $?
