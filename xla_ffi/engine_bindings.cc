@@ -132,7 +132,7 @@ void bind_engine(nb::module_& m) {
       .def("stats", &PyEngine::stats)
       .def("close", &PyEngine::close);
 
-  nb::class_<PyGroupRegions>(m, "GroupRegions");
+  nb::class_<PyGroupRegions>(m, "GroupRegions");  // NOLINT(bugprone-unused-raii)
   nb::class_<PyRemotePool>(m, "RemotePool").def_prop_ro("buffer_bytes", [](const PyRemotePool& self) {
     return self.value->buffer_bytes();
   });

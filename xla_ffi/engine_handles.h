@@ -24,7 +24,7 @@ class PyWatchWord {
       : engine_(engine.engine()) {
     WatchConfig config;
     if (address != 0) {
-      config.word = reinterpret_cast<uint64_t*>(address);
+      config.word = reinterpret_cast<uint64_t*>(address);  // NOLINT(performance-no-int-to-ptr)
       config.keepalive = keep_object(keepalive);
     }
     for (const auto& [source, source_offset, target, target_offset, length, imm] : writes) {

@@ -83,7 +83,7 @@ uint32_t EngineCore::connect(const Bytes& address) {
         refused = error;
         path.dead = true;
       }
-      peer.paths.push_back(std::move(path));
+      peer.paths.push_back(path);
     }
   }
   const auto number = static_cast<uint32_t>(peers_.size());

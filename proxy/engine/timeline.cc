@@ -83,13 +83,29 @@ std::string Timeline::json(const std::vector<std::string>& peers,
     const std::string name = std::string("\"name\":\"") + name_of(event.what) + "\",\"cat\":\"engine\"";
     if (event.end > event.start) {
       const std::string id = ",\"id\":" + std::to_string(i) + ",\"tid\":" + tid;
-      emit(name + id + ",\"ph\":\"b\",\"ts\":" + micros(event.start) + ",\"args\":{" + args + "}");
+      std::string begun = name + id;
+      begun += ",\"ph\":\"b\",\"ts\":";
+      begun += micros(event.start);
+      begun += ",\"args\":{";
+      begun += args;
+      emit(begun + "}");
       emit(name + id + ",\"ph\":\"e\",\"ts\":" + micros(event.end));
-      emit("\"name\":\"outstanding, NIC " + tid + "\",\"ph\":\"C\",\"ts\":" + micros(event.end) +
-           ",\"args\":{\"operations\":" + std::to_string(event.outstanding) + "}");
+      std::string counter = "\"name\":\"outstanding, NIC ";
+      counter += tid;
+      counter += "\",\"ph\":\"C\",\"ts\":";
+      counter += micros(event.end);
+      counter += ",\"args\":{\"operations\":";
+      counter += std::to_string(event.outstanding);
+      emit(counter + "}");
     } else {
-      emit(name + ",\"tid\":" + tid + ",\"ph\":\"i\",\"s\":\"t\",\"ts\":" + micros(event.start) +
-           ",\"args\":{" + args + "}");
+      std::string instant = name;
+      instant += ",\"tid\":";
+      instant += tid;
+      instant += ",\"ph\":\"i\",\"s\":\"t\",\"ts\":";
+      instant += micros(event.start);
+      instant += ",\"args\":{";
+      instant += args;
+      emit(instant + "}");
     }
   }
   return out + "\n]}\n";
