@@ -25,6 +25,7 @@ from pplx_jax import demo_rank
 from pplx_jax.engine import TransferEngine
 from pplx_jax.engine_types import ScatterEntry
 from pplx_jax.testing import HostPool, Hosts, Network, ProcessFailure, remove_leftovers, slurm_environment
+from pplx_jax.testing.network import _Namespaces
 
 pytestmark = pytest.mark.multiprocess
 _kept: dict[str, Any] = {}
@@ -147,6 +148,18 @@ def test_an_absent_tool_is_named(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with Network(1) as network:
         assert "install iproute2" in network.why
+
+
+def test_a_tool_that_hangs_is_named(monkeypatch, tmp_path):
+    stuck = tmp_path / "ip"
+    stuck.write_text("#!/bin/sh\nexec sleep 60\n")
+    stuck.chmod(0o755)
+    namespaces = object.__new__(_Namespaces)
+    namespaces.descriptors = {}
+    monkeypatch.setattr("pplx_jax.testing.network._ip", lambda: str(stuck))
+    monkeypatch.setattr("pplx_jax.testing.network._IP_TIMEOUT", 0.2)
+    with pytest.raises(OSError, match=r"ip: not done within 0.2 s.*link set lo up"):
+        namespaces.ip("link set lo up")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,12 @@ def leave_a_grandchild(path):
     time.sleep(300)
 
 
+def die_and_leave_a_grandchild(path):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    Path(path).write_text(str(child.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def environment(name):
     return os.environ.get(name)
 
@@ -198,6 +204,21 @@ def test_a_timeout_ends_grandchildren(tmp_path):
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(pid)
+
+
+@pytest.mark.slow
+def test_children_of_a_killed_rank_end_with_it(tmp_path):
+    path = tmp_path / "pid"
+    with ProcessPool(1, timeout=60) as pool:
+        pool.run(die_and_leave_a_grandchild, str(path), expect_death={0: signal.SIGKILL})
+    pid = int(path.read_text())
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    survived = alive(pid)
+    if survived:
+        os.kill(pid, signal.SIGKILL)
+    assert not survived
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ _CLONE_FS, _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC, _CLONE_NEWNET = (
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _NAMESPACES = {"net": _CLONE_NEWNET, "uts": _CLONE_NEWUTS, "ipc": _CLONE_NEWIPC, "mnt": _CLONE_NEWNS}
 _MAX_HOSTS, _MAX_NICS = 64, 16
+_IP_TIMEOUT = 30.0  # seconds that a batch of ip(8)'s commands may take
 _MARK = "_PPLX_TESTING_PARENT"
 
 
@@ -113,11 +114,21 @@ class _Namespaces:
         command = _ip()
         if command is None:
             raise OSError("the command ip is missing: install iproute2")
-        done = self.run(
-            lambda: subprocess.run(
-                [command, "-batch", "-"], input="\n".join(lines), capture_output=True, text=True, timeout=30
+        try:
+            done = self.run(
+                lambda: subprocess.run(
+                    [command, "-batch", "-"],
+                    input="\n".join(lines),
+                    capture_output=True,
+                    text=True,
+                    timeout=_IP_TIMEOUT,
+                )
             )
-        )
+        except subprocess.TimeoutExpired as error:
+            raise OSError(
+                f"ip: not done within {_IP_TIMEOUT:g} s, is the machine overloaded? It was told: "
+                + "; ".join(lines)
+            ) from error
         if done.returncode != 0:
             raise OSError(f"ip: {done.stderr.strip() or done.stdout.strip()}")
 

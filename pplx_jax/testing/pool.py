@@ -113,9 +113,30 @@ class _Rank:
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the rank and whatever it started."""
-        if self.process.poll() is None:
+        if self.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)
+
+    def poll(self) -> int | None:
+        """Its exit status, None while it runs. What it started ends with it.
+
+        Its process group is killed before the rank is reaped: as long as the rank is a zombie, nobody else
+        can have the group's number.
+        """
+        if self.process.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                if os.waitid(os.P_PID, self.process.pid, flags) is None:
+                    return None
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.poll()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until it has ended, at most ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def release(self) -> None:
         self.connection.close()
@@ -243,7 +264,7 @@ class ProcessPool:
     # -- internals
 
     def _ensure_started(self) -> None:
-        if self._ranks and all(rank.process.poll() is None for rank in self._ranks):
+        if self._ranks and all(rank.poll() is None for rank in self._ranks):
             return
         self._stop(graceful=False)
         with contextlib.ExitStack() as reservation:
@@ -397,15 +418,14 @@ class ProcessPool:
                 text, pickled = payload
                 error = pickle.loads(pickled) if pickled is not None else None
                 return Outcome(rank.index, "raised", error=error, text=text, stdout=stdout, stderr=stderr)
-            if rank.process.poll() is None:
+            if rank.poll() is None:
                 return None
         except (EOFError, OSError):
             pass
         # The connection or the process is gone, or both in a moment.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            rank.process.wait(timeout=5.0)
+        rank.wait(5.0)
         stdout, stderr = rank.output()
-        return Outcome(rank.index, "died", exit_code=rank.process.poll(), stdout=stdout, stderr=stderr)
+        return Outcome(rank.index, "died", exit_code=rank.poll(), stdout=stdout, stderr=stderr)
 
     def _stop(self, *, graceful: bool) -> None:
         ranks, self._ranks = self._ranks, []
@@ -415,12 +435,11 @@ class ProcessPool:
                     rank.connection.send_bytes(b"")
             deadline = time.monotonic() + 15.0
             for rank in ranks:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    rank.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+                rank.wait(max(0.0, deadline - time.monotonic()))
         for rank in ranks:
             rank.signal(signal.SIGKILL)
         for rank in ranks:
-            rank.process.wait()
+            rank.wait(60.0)  # a killed process may take its time to give its memory back
             rank.release()
         if self._coordinator is not None:  # last: ranks end themselves once it is gone
             process, lifeline = self._coordinator

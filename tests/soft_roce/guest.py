@@ -9,6 +9,9 @@ machines rarely have another way: expect a tenth of the speed.
 
 Needs the packages of the section soft-roce of requirements/apt.txt, and apt's lists to fetch a kernel image
 from. Kernel and modules stay in ``build/soft-roce``.
+
+``PPLX_TEST_TIME_SCALE=3`` multiplies every time limit by 3, here and in the tests that run in the guests: for
+machines that emulate slowly.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from __future__ import annotations
 import argparse
 import functools
 import gzip
+import lzma
+import math
 import os
 import re
 import secrets
@@ -44,6 +49,7 @@ MODULES = (
 )
 APPLETS = ("sh", "mount", "insmod", "mkdir", "chroot", "poweroff")
 
+SCALE = "PPLX_TEST_TIME_SCALE"  # proxy/tests/support.h and xla_ffi/tests read it as well
 MARK = f"guest-{secrets.token_hex(8)}-ended"  # the last line of a guest, with the command's exit status
 
 INIT = """#!/bin/sh
@@ -63,7 +69,7 @@ poweroff -f
 
 JOB = """
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/dev/shm TMPDIR=/dev/shm
-export GUEST={number} GUEST_ADDRESS=10.9.0.{host}
+export GUEST={number} GUEST_ADDRESS=10.9.0.{host} {scale_name}={scale:g}
 hostname guest-{number}
 set -e  # of the whole script: within a condition it would be ignored
 trap 'echo {mark} 100' EXIT
@@ -84,6 +90,18 @@ echo {mark} $?
 
 class Missing(Exception):
     """This machine cannot run guests; the text says what is missing."""
+
+
+def time_scale() -> float:
+    """What time limits are multiplied by."""
+    text = os.environ.get(SCALE, "").strip() or "1"
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 1 <= scale <= 100:
+        raise SystemExit(f"{SCALE}: must be a number from 1 to 100, is {text!r}")
+    return scale
 
 
 def tool(name: str) -> str:
@@ -124,7 +142,11 @@ def fetch_kernel() -> Path:
     if got.returncode != 0:
         raise Missing(f"apt-get download {' '.join(packages)}: {got.stderr.strip() or got.returncode}")
     for package in folder.glob("*.deb"):
-        subprocess.run(["dpkg", "-x", package, folder], check=True)
+        unpacked = subprocess.run(
+            ["dpkg", "-x", package, folder], capture_output=True, text=True, check=False
+        )
+        if unpacked.returncode != 0:
+            raise Missing(f"dpkg -x {package.name}: {unpacked.stderr.strip()}")
         package.unlink()
     release = module_folder(folder).name
     subprocess.run([tool("depmod"), "-b", folder, release], check=True, capture_output=True)
@@ -162,6 +184,21 @@ def modules_in_order(kernel: Path) -> list[Path]:
     return [folder / path for path in order]
 
 
+def read_module(path: Path) -> bytes:
+    """A kernel module; distributions compress them, and busybox's insmod takes plain ones."""
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(data)
+    if path.suffix == ".gz":
+        return gzip.decompress(data)
+    if path.suffix != ".zst":
+        return data
+    done = subprocess.run([tool("zstd"), "-dcq"], input=data, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise Missing(f"zstd cannot decompress {path.name}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
 def module_name(path: str) -> str:
     return Path(path).name.split(".")[0].replace("-", "_")
 
@@ -188,8 +225,11 @@ def common_entries() -> tuple[tuple[str, int, bytes], ...]:
     ]
     entries.append(("bin/busybox", 0o100755, busybox.read_bytes()))
     entries += [(f"bin/{applet}", 0o120777, b"busybox") for applet in APPLETS]
-    entries += [(f"modules/{path.name}", 0o100644, path.read_bytes()) for path in modules]
-    entries.append(("modules/order", 0o100644, "\n".join(path.name for path in modules).encode()))
+    names = [f"{module_name(path.name)}.ko" for path in modules]
+    entries += [
+        (f"modules/{name}", 0o100644, read_module(path)) for name, path in zip(names, modules, strict=True)
+    ]
+    entries.append(("modules/order", 0o100644, "\n".join(names).encode()))
     entries.append(("init", 0o100755, INIT.encode()))
     return tuple(entries)
 
@@ -248,6 +288,8 @@ def job_of(number: int, guests: int, loss: float, command: Sequence[str]) -> str
         folder=shlex.quote(str(Path.cwd())),
         command=shlex.join(command),
         mark=MARK,
+        scale_name=SCALE,
+        scale=time_scale(),
     )
 
 
@@ -290,17 +332,18 @@ def boot(number: int, guests: int, port: int, args: argparse.Namespace) -> Guest
 def run(args: argparse.Namespace) -> int:
     """Boots the guests and waits for all; the largest exit status, 124 after the time limit."""
     port = free_port()
-    deadline = time.monotonic() + args.timeout
+    limit = args.timeout * time_scale()
+    deadline = time.monotonic() + limit
     guests: list[Guest] = []
     try:
         for number in range(args.guests):
             guests.append(boot(number, args.guests, port, args))
             if args.guests > 1 and number == 0:
-                time.sleep(0.5)  # until it listens
+                time.sleep(0.5 * time_scale())  # until it listens
         for guest in guests:
             guest.process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        print(f"guests: not done within {args.timeout:g} s", file=sys.stderr)
+        print(f"guests: not done within {limit:g} s ({SCALE} gives slow machines more)", file=sys.stderr)
         return 124
     finally:
         for guest in guests:
@@ -318,7 +361,7 @@ def main() -> int:
     )
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--memory", type=int, default=2048, help="MiB")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds")
+    parser.add_argument("--timeout", type=float, default=300, help=f"seconds, times {SCALE}")
     parser.add_argument("--check", action="store_true", help="only see whether guests can run here")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()

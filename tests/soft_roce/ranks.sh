@@ -5,9 +5,10 @@
 set -uo pipefail
 here=$2 guests=${3:-1}
 export RANKS=$((here * guests)) MEET=10.9.0.1:7001 ADDRESS=$GUEST_ADDRESS FABRICS='tcp verbs'
+limit=$(awk "BEGIN {print 120 * ${PPLX_TEST_TIME_SCALE:-1}}")
 ranks=() failed=0
 for ((i = 0; i < here; ++i)); do
-  RANK=$((GUEST * here + i)) timeout 120 "$1/xla_ffi/tests/pplx_rank_tests" --gtest_brief=1 &
+  RANK=$((GUEST * here + i)) timeout "$limit" "$1/xla_ffi/tests/pplx_rank_tests" --gtest_brief=1 &
   ranks+=($!)
 done
 for rank in "${ranks[@]}"; do wait "$rank" || failed=1; done
