@@ -32,7 +32,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +262,23 @@ def unstack(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def measure(contender: Contender, mesh: Mesh, load: Load, turns: int) -> dict[str, float | None]:
-    """Microseconds an exchange, by stage."""
+STAGES = ("dispatch", "combine", "pair", "alone", "replay")
+
+
+def measure(
+    contender: Contender,
+    mesh: Mesh,
+    load: Load,
+    turns: int,
+    *,
+    only: Sequence[str] = STAGES,
+    options: Mapping[str, Any] = UNRECORDED,
+) -> dict[str, float | None]:
+    """Microseconds an exchange, by stage; programs compiled with these options, but for the replay."""
     n = len(load.indices)
     given = (load.x, load.indices, load.weights)
     specs = (SPEC, STACK, STACK)
-    mapped = compiled(contender, mesh, **UNRECORDED)
+    mapped = compiled(contender, mesh, **options)
     dispatch = mapped(lambda *a: contender.dispatch(*a)[1], specs, SPEC)
     routes = mapped(lambda *a: stack(contender.dispatch(*a)[0]), specs, SPEC)
     combine = mapped(lambda y, r: contender.combine(y, unstack(r)), (SPEC, SPEC), SPEC)
@@ -286,6 +297,8 @@ def measure(contender: Contender, mesh: Mesh, load: Load, turns: int) -> dict[st
         stages["replay"] = (replayed, (*given, y), n)
     result: dict[str, float | None] = {"replay": None}
     for name, (function, args, count) in stages.items():
+        if name not in only:
+            continue
         for _ in range(3):  # the first one compiles, the next ones record
             jax.block_until_ready(function(*args))
         result[name] = median_us(function, args, turns) / count

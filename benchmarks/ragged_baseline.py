@@ -3,10 +3,13 @@ counts, ``jax.lax.ragged_all_to_all``, sort again at the receiver; the whole way
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pplx_jax import ExpertParallel, compat
+from pplx_jax.results import Batch
 
 
 class Plan(NamedTuple):
@@ -60,3 +63,31 @@ def combine(y: jax.Array, weights: jax.Array, plan: Plan) -> jax.Array:
     )
     terms = jnp.zeros_like(back).at[plan.order].set(back).reshape(*weights.shape, -1)
     return jnp.einsum("tkh,tk->th", terms.astype(jnp.float32), weights).astype(y.dtype)
+
+
+class Group(ExpertParallel):
+    """Takes a group's place in a model: the same arguments, nothing of the exchange. Forward only."""
+
+    def dispatch(self, x: Any, indices: Any, weights: Any, **_: Any) -> Any:
+        """The batch, and what `combine` wants back."""
+        experts, ranks = self.config.num_experts, self.num_ranks
+
+        def unchecked(x: jax.Array, indices: jax.Array, weights: jax.Array) -> Any:
+            rows, sizes, plan = dispatch(x, indices, experts, ranks)
+            batch = Batch(
+                tokens=rows,
+                weights=jnp.zeros(len(rows), jnp.float32),
+                group_sizes=sizes,
+                num_rows=sizes.sum(),
+                num_dropped=jnp.int32(0),
+                ok=jnp.int32(1),
+                values=rows,
+            )
+            return batch, (plan, weights)
+
+        return compat.as_unchecked(unchecked, x, indices, weights)
+
+    def combine(self, y: Any, route: Any, **_: Any) -> Any:
+        """Tokens' sums."""
+        plan, weights = route
+        return compat.as_unchecked(lambda y, w, *plan: combine(y, w, Plan(*plan)), y, weights, *plan)

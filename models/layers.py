@@ -162,6 +162,7 @@ class ExpertLayer(MoE):
             param_dtype=placement.dtype if placement.block is None else FLOAT8,
             kernel_init=_init,
             fsdp_axis=None,
+            overlap_shared=placement.overlap_shared,
         )
         self.block = None if placement.block is None else placement.block[::-1]
         if self.block is None:

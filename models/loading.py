@@ -56,6 +56,7 @@ def placement_of(
     block: tuple[int, int] | None = None,
     max_tokens: int = MAX_TOKENS,
     name: str = "model",
+    overlap_shared: bool = False,
     exchange: Mapping[str, Any] | None = None,
 ) -> Placement:
     """How a model lies on a mesh; makes the experts' group, which connects when it runs.
@@ -67,6 +68,7 @@ def placement_of(
       block: of weights that stay float8, or None.
       max_tokens: most tokens of a rank in one call.
       name: of the group: models that live at the same time need different ones.
+      overlap_shared: whether shared experts run while tokens travel, see `pplx_jax.moe.MoEConfig`.
       exchange: further arguments of `pplx_jax.ExpertParallel`, or fields of its `ExchangeConfig`.
 
     Raises:
@@ -79,7 +81,7 @@ def placement_of(
     if compute.name not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"dtype must be float32, bfloat16 or float16, got {compute.name}")
     if mesh is None:
-        return Placement(dtype=compute, block=block)
+        return Placement(dtype=compute, block=block, overlap_shared=overlap_shared)
     check_mesh(config, dict(mesh.shape))
     mesh = plain_mesh(mesh)
     options = dict(exchange or {})
@@ -93,7 +95,7 @@ def placement_of(
         **{key: options.pop(key) for key in list(options) if key in fields},
     }
     ep = ExpertParallel(mesh, "ep", config=ExchangeConfig(**sizes), name=name, **options)
-    return Placement(dtype=compute, mesh=mesh, ep=ep, block=block)
+    return Placement(dtype=compute, mesh=mesh, ep=ep, block=block, overlap_shared=overlap_shared)
 
 
 def _abstract(model: type[Decoder], config: DecoderConfig, placement: Placement) -> tuple[Any, Any]:
@@ -147,6 +149,28 @@ def from_config(
     return model
 
 
+def from_arrays(
+    config: DecoderConfig,
+    placement: Placement,
+    array: Callable[[str, jax.ShapeDtypeStruct], jax.Array],
+) -> Decoder:
+    """A model of arrays that a function gives, such as those of another model with the same sizes.
+
+    Args:
+      config: a family's.
+      placement: of `placement_of`.
+      array: from a parameter's path, such as "layers.0.attention.out.kernel", and its shape, dtype and
+        sharding to its values.
+    """
+    graph, abstract = _abstract(family_of_config(config).model, config, placement)
+    leaves = []
+    for name, path, leaf in _paths(abstract):
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf, placement))
+        leaves.append((path, leaf.replace(array(name, shape))))
+    model: Decoder = nnx.merge(graph, nnx.from_flat_state(leaves))
+    return model
+
+
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
@@ -164,7 +188,7 @@ def from_pretrained(
         config.json names, as a rule bfloat16. float8_e4m3fn: a checkpoint's float8 weights and their scales
         are kept, and dequantised to what config.json names, layer by layer at each use.
       progress: is called after each parameter.
-      **options: of `placement_of`: ``max_tokens``, ``name``, ``exchange``.
+      **options: of `placement_of`: ``max_tokens``, ``name``, ``overlap_shared``, ``exchange``.
 
     Returns:
       A model: ``model(tokens)``, `pplx_jax.models.generate`.

@@ -34,12 +34,14 @@ class Placement:
       mesh: axes among `AXES`, or None: one device.
       ep: the experts' group, or None.
       block: (rows, columns) of a block of float8 weights that shares a scale, where matrices stay float8.
+      overlap_shared: whether shared experts run while tokens travel, see `pplx_jax.moe.MoEConfig`.
     """
 
     dtype: Any = jnp.bfloat16
     mesh: Mesh | None = None
     ep: ExpertParallel | None = None
     block: tuple[int, int] | None = None
+    overlap_shared: bool = False
 
     def size(self, *axes: str) -> int:
         """Ranks along these axes; those that the mesh lacks count as 1."""

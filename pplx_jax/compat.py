@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.extend.core
@@ -15,6 +15,8 @@ from jax._src import (
     xla_bridge,  # nothing public tells whether a backend has started
 )
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
+
+_Tree = TypeVar("_Tree")
 
 
 class CoordinationClient(Protocol):
@@ -76,7 +78,7 @@ def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     return cast(jax.Array, jax.lax.pcast(x, missing, to="varying")) if missing else x
 
 
-def as_unchecked(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+def as_unchecked(function: Callable[..., _Tree], *args: jax.Array) -> _Tree:
     """``function(*args)``, traced as in a ``shard_map`` without replication checks; varies where args do.
 
     For Pallas kernels of others, which don't say where their results vary. Not differentiable through: JAX
@@ -89,7 +91,8 @@ def as_unchecked(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Ar
         # Types must agree within the function as well, as some rules trace again when lowering: a select,
         # which XLA removes, gives each operand the type of what is computed here.
         out = function(*(jax.lax.select(jnp.bool_(True), a, a) for a in args))
-    return to_varying(out, axes)
+    varying: _Tree = jax.tree.map(lambda leaf: to_varying(leaf, axes), out)
+    return varying
 
 
 def result_type(

@@ -101,6 +101,7 @@ class MoE(nnx.Module):  # type: ignore[misc]
       data_axes: mesh axes that shard tokens besides the group's, see `pplx_jax.moe.MoEConfig`.
       fsdp_axis, tp_axis: mesh axes that store, or split, the experts' matrices in parts, see the same.
       grouped_gemm: "auto" or a function, see `pplx_jax.grouped_gemm.grouped_gemm`.
+      overlap_shared: whether the shared expert runs while tokens travel, see `pplx_jax.moe.MoEConfig`.
       expert_sharding: mesh axes for the expert axis of the weights; None for the group's, if there is one.
       logical_axes: names of the weights' dimensions (experts, H, I), such as ("expert", "embed", "mlp"), to
         annotate them with in place of mesh axes; None for mesh axes.
@@ -137,6 +138,7 @@ class MoE(nnx.Module):  # type: ignore[misc]
         fsdp_axis: str | tuple[str, ...] | None = "auto",
         tp_axis: str | tuple[str, ...] | None = "auto",
         grouped_gemm: Implementation = "auto",
+        overlap_shared: bool = False,
         expert_sharding: str | tuple[str, ...] | None = None,
         logical_axes: tuple[str, str, str] | None = None,
         name: str = "",
@@ -154,6 +156,7 @@ class MoE(nnx.Module):  # type: ignore[misc]
             fsdp_axis=fsdp_axis,
             tp_axis=tp_axis,
             grouped_gemm=grouped_gemm,
+            overlap_shared=overlap_shared,
         )
         routing.check_routing_options(
             num_experts, top_k, router, num_groups, top_groups, routed_scaling_factor

@@ -92,7 +92,8 @@ class MoE(nn.Module):  # type: ignore[misc]
       ep: the expert-parallel group, made for this hidden, num_experts and top_k; None for dense JAX.
       router, router_bias, selection_bias, num_groups, top_groups, normalize, routed_scaling_factor,
       shared_experts, activation, use_bias, gated, dtype, param_dtype, kernel_init, data_axes, fsdp_axis,
-      tp_axis, grouped_gemm: as in `pplx_jax.flax.MoE`. The selection bias lives in the collection `STATE`.
+      tp_axis, grouped_gemm, overlap_shared: as in `pplx_jax.flax.MoE`. The selection bias lives in the
+        collection `STATE`.
       logical_axes: names of the weights' dimensions (experts, H, I).
 
     Raises:
@@ -122,6 +123,7 @@ class MoE(nn.Module):  # type: ignore[misc]
     fsdp_axis: str | tuple[str, ...] | None = "auto"
     tp_axis: str | tuple[str, ...] | None = "auto"
     grouped_gemm: Implementation = "auto"
+    overlap_shared: bool = False
     logical_axes: tuple[str, str, str] = ("expert", "embed", "mlp")
 
     @property
@@ -140,6 +142,7 @@ class MoE(nn.Module):  # type: ignore[misc]
             fsdp_axis=self.fsdp_axis,
             tp_axis=self.tp_axis,
             grouped_gemm=self.grouped_gemm,
+            overlap_shared=self.overlap_shared,
         )
 
     def logical_rules(self) -> tuple[tuple[str, Any], ...]:

@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from pplx_jax import compat, router
-from pplx_jax.experts import ExpertParams, apply_experts
+from pplx_jax.experts import ExpertParams
 from pplx_jax.moe_config import MoEConfig
+from pplx_jax.moe_exchange import Shared, dense_experts, group_experts, overlaps
 from pplx_jax.moe_params import MoEParams, check_params, init_params
 from pplx_jax.moe_sharding import (
     DATA_AXES,
@@ -50,10 +50,9 @@ from pplx_jax.moe_sharding import (
     reshard,
     token_axes,
 )
-from pplx_jax.remat import named_residuals
 
 if TYPE_CHECKING:
-    from pplx_jax.expert_parallel import Batch, ExpertParallel
+    from pplx_jax.expert_parallel import ExpertParallel
 
 __all__ = [
     "DATA_AXES",
@@ -135,65 +134,6 @@ class _Static:
         return self.layout
 
 
-def _dense_exchange(
-    params: ExpertParams, x: jax.Array, indices: jax.Array, weights: jax.Array, config: MoEConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """sum_k weights[:, k] * expert[indices[:, k]](x) without a group; also ok = 1 and nothing dropped."""
-    tokens, top_k = indices.shape
-    num_experts = params.up.shape[0]
-    # A choice of -1 sorts behind all experts, past the last group.
-    flat = jnp.where(indices < 0, num_experts, indices).reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    group_sizes = router.expert_loads(indices, num_experts)
-    rows = checkpoint_name(x[order // top_k], "moe_dispatched")
-    rows = apply_experts(params, rows, group_sizes, activation=config.activation_fn, gemm=config.grouped_gemm)
-    rows = rows[jnp.argsort(order, stable=True)].reshape(tokens, top_k, x.shape[1])
-    y = jnp.sum(jnp.where(indices < 0, 0.0, weights)[..., None] * rows.astype(jnp.float32), axis=1)
-    return checkpoint_name(y.astype(x.dtype), "moe_combined"), jnp.int32(1), jnp.int32(0)
-
-
-def _group_exchange(
-    params: ExpertParams,
-    x: jax.Array,
-    indices: jax.Array,
-    weights: jax.Array,
-    expert_map: jax.Array | None,
-    static: _Static,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same over the group, inside shard_map; params are this rank's experts."""
-    ep, config = static.ep, static.config
-    assert ep is not None
-
-    def dispatch(x: jax.Array, indices: jax.Array, weights: jax.Array, expert_map: jax.Array | None) -> Any:
-        batch, route = ep.dispatch(x, indices, weights, expert_map=expert_map, name=static.name)
-        # What is quantised has no derivative, not even a zero one.
-        return replace(batch, tokens=batch.values, scales=None), route
-
-    batch, way_back = named_residuals(dispatch, "moe_dispatched")(
-        x.astype(ep.config.dtype), indices, weights, expert_map
-    )
-    rows, sizes = _grouped(batch, ep)
-    rows = apply_experts(
-        params, rows.astype(x.dtype), sizes, activation=config.activation_fn, gemm=config.grouped_gemm
-    )
-    rows = rows.astype(ep.config.dtype).reshape(batch.values.shape)
-    y = checkpoint_name(ep.combine(rows, way_back), "moe_combined")
-    return y.astype(x.dtype), batch.ok, batch.num_dropped
-
-
-def _grouped(batch: Batch, ep: ExpertParallel) -> tuple[jax.Array, jax.Array]:
-    """The batch's rows [M, H] and how many belong to each expert, in either layout."""
-    if ep.config.layout == "ragged":
-        return batch.values, batch.group_sizes
-    values = batch.values
-    rows, hidden = values.shape[1:]
-    if not ep.config.zero_tail:
-        # What an expert's unused rows hold would meet zero cotangents in its weights' gradient.
-        used = jnp.arange(rows) < batch.group_sizes[:, None]
-        values = jnp.where(used[..., None], values, 0)
-    return values.reshape(-1, hidden), jnp.full_like(batch.group_sizes, rows)
-
-
 def _route(params: MoEParams, inputs: _Inputs, config: MoEConfig) -> tuple[jax.Array, router.Routing]:
     """The logits [T, E] and the routing, computed or given, with -1 for tokens that take no part."""
     # HIGHEST: a router rounded to TF32 or bfloat16 would choose other experts on other hardware.
@@ -230,9 +170,10 @@ def _layer(params: MoEParams, inputs: _Inputs, static: _Static) -> tuple[jax.Arr
     sums = router.router_sums(logits, routing, mask=inputs.mask)
     compute = x if config.dtype is None else x.astype(config.dtype)
     if static.ep is None:
-        y, ok, dropped = _dense_exchange(params.experts, compute, routing.indices, routing.weights, config)
+        found = dense_experts(params.experts, compute, routing.indices, routing.weights, config)
+        y, ok, dropped = found.y, found.ok, found.dropped
         if params.shared is not None:
-            y = y + apply_experts(params.shared, compute, None, activation=config.activation_fn)
+            y = y + Shared(params.shared, compute).apply(config)
     else:
         y, ok, dropped = _group_layer(params, inputs, compute, routing, static)
         sums, ok, dropped = _sum_over_ranks(sums, ok, dropped, static.group_layout)
@@ -257,20 +198,31 @@ def _group_layer(
     experts = _bias_once(gather_fsdp(experts, layout, compute.dtype), layout.tp)
     # From here on each tp rank has a gradient of the tokens of its own; adding them up costs [T, H], here.
     spread = compat.to_varying(compute, layout.tp)
-    y, ok, dropped = _group_exchange(
-        experts, spread, routing.indices, routing.weights, inputs.expert_map, static
-    )
-    shared = params.shared
-    if shared is not None:
+    shared = None
+    if params.shared is not None:
         assert shared_layout is not None
-        shared = _bias_once(gather_fsdp(shared, shared_layout, compute.dtype), shared_layout.tp)
-        if shared_layout.tp:
-            y = y + apply_experts(shared, spread, None, activation=static.config.activation_fn)
+        weights = _bias_once(gather_fsdp(params.shared, shared_layout, compute.dtype), shared_layout.tp)
+        shared = Shared(weights, spread if shared_layout.tp else compute)
+    config = static.config
+    found = group_experts(
+        experts,
+        spread,
+        routing.indices,
+        routing.weights,
+        inputs.expert_map,
+        ep=ep,
+        config=config,
+        name=static.name,
+        shared=shared if overlaps(config, ep, compute.shape[0]) else None,
+    )
+    y, beside = found.y, found.shared
+    if shared is not None and beside is None:
+        beside = shared.apply(config)
+    if beside is not None and shared_layout is not None and shared_layout.tp:
+        y, beside = y + beside, None
     if layout.tp:
         y = jax.lax.psum(y, layout.tp)
-    if shared is not None and shared_layout is not None and not shared_layout.tp:
-        y = y + apply_experts(shared, compute, None, activation=static.config.activation_fn)
-    return y, ok, dropped
+    return y if beside is None else y + beside, found.ok, found.dropped
 
 
 def _bias_once(params: ExpertParams, tp: tuple[str, ...]) -> ExpertParams:

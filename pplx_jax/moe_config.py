@@ -36,6 +36,8 @@ class MoEConfig:
         them; partial sums are added in the dtype that experts compute in. None and "auto" (with the name
         "tp") as in fsdp_axis.
       grouped_gemm: "auto" or a function, see `pplx_jax.grouped_gemm.grouped_gemm`.
+      overlap_shared: whether the shared expert is computed between dispatch's send and its recv, while
+        tokens travel, instead of after combine; over a group, and where its ``chunk`` holds a call's tokens.
     """
 
     top_k: int
@@ -50,6 +52,7 @@ class MoEConfig:
     fsdp_axis: str | tuple[str, ...] | None = AUTO
     tp_axis: str | tuple[str, ...] | None = AUTO
     grouped_gemm: Implementation = "auto"
+    overlap_shared: bool = False
 
     def __post_init__(self) -> None:
         router._check_int("top_k", self.top_k, 1)
@@ -71,6 +74,8 @@ class MoEConfig:
                     f'{name} must be a mesh axis name, a tuple of them, "auto" or None, got {value!r}'
                 )
         check_implementation(self.grouped_gemm)
+        if not isinstance(self.overlap_shared, bool):
+            raise TypeError(f"overlap_shared must be a bool, got {self.overlap_shared!r}")
 
     @property
     def activation_fn(self) -> Callable[[jax.Array], jax.Array]:

@@ -173,6 +173,15 @@ def test_grouped_gemm_and_its_gradients(rows: int, sizes: list[int]) -> None:
         ({"dp": 2, "ep": 4}, 8, (8, 2, H), {}, MoEConfig(top_k=2, num_groups=4, top_groups=2)),
         ({"ep": 2, "dp": 2, "tp": 2}, 5, (3, 3, H), {"selection_bias": True}, MoEConfig(top_k=2)),
         ({"ep": 4}, 8, (H,), {}, MoEConfig(top_k=2)),
+        ({"ep": 4}, 8, (8, 3, H), {"shared_experts": 1}, MoEConfig(top_k=2, overlap_shared=True)),
+        (
+            {"ep": 2, "fsdp": 2, "tp": 2},
+            8,
+            (8, H),
+            {"shared_experts": 2, "use_bias": True},
+            MoEConfig(top_k=2, overlap_shared=True),
+        ),
+        ({"ep": 4}, 8, (8, H), {}, MoEConfig(top_k=2, overlap_shared=True)),
     ],
 )
 def test_group_equals_dense(
