@@ -21,10 +21,10 @@ from pplx_jax.models.config import DecoderConfig
 from pplx_jax.models.decoder import Decoder
 from pplx_jax.models.errors import CheckpointError, ModelError
 from pplx_jax.models.layers import FLOAT8
-from pplx_jax.models.quantized import SUFFIX, block_of, dequantize_part
+from pplx_jax.models.quantized import SUFFIX, block_of, dequantize_part, scale_shape
 from pplx_jax.models.registry import Family, family_of, family_of_config
 from pplx_jax.models.sharding import Placement, check_mesh, plain_mesh
-from pplx_jax.models.sources import Source
+from pplx_jax.models.sources import Source, is_fused
 
 #: Tokens that a rank may bring to one call of an MoE layer; costs no memory until a call has as many.
 MAX_TOKENS = 8192
@@ -216,8 +216,8 @@ def from_pretrained(
     placement = placement_of(config, mesh, dtype, block=block if keep else None, **options)
     graph, abstract = _abstract(family.model, config, placement)
     leaves = _paths(abstract)
-    sources = _with_scales(family, config, leaves)
     with Checkpoint(folder) as checkpoint:
+        sources = _with_scales(family, config, leaves, fused=is_fused(checkpoint.tensors))
         _check_tensors(checkpoint, family.ignored(config), sources, leaves, block)
         loaded = []
         for number, (name, where, leaf) in enumerate(leaves):
@@ -230,9 +230,11 @@ def from_pretrained(
     return model
 
 
-def _with_scales(family: Family, config: DecoderConfig, leaves: list[Any]) -> dict[str, Source]:
+def _with_scales(
+    family: Family, config: DecoderConfig, leaves: list[Any], *, fused: bool
+) -> dict[str, Source]:
     """Sources of all parameters, with those of the scales of weights that stay float8."""
-    sources = family.param_sources(config)
+    sources = family.param_sources(config, fused=fused)
     for name, _, _ in leaves:
         if name in sources:
             continue
@@ -278,7 +280,7 @@ def _check_tensors(
                 elif scale not in checkpoint.tensors:
                     problems.append(f"missing: {scale}, the scales of a float8 tensor")
                 else:
-                    blocks = tuple(-(-size // part) for size, part in zip(shape, block, strict=True))
+                    blocks = scale_shape(shape, block)
                     if checkpoint.tensors[scale].shape != blocks:
                         have = list(checkpoint.tensors[scale].shape)
                         problems.append(f"misshapen: {scale} is {have}, its tensor needs {list(blocks)}")
@@ -324,22 +326,37 @@ class _Reader:
             return self._tensor(source.names[0], spans)
         out = np.empty([stop - start for start, stop in spans], self.dtype)
         for row, number in enumerate(range(*spans[0])):
-            out[row] = self._tensor(source.names[number], spans[1:])
+            if source.fused is None:
+                out[row] = self._tensor(source.names[number], spans[1:])
+            else:
+                out[row] = self._tensor(source.names[0], spans[1:], expert=number)
         return out
 
-    def _tensor(self, name: str, spans: tuple[tuple[int, int], ...]) -> np.ndarray[Any, Any]:
+    def _tensor(
+        self, name: str, spans: tuple[tuple[int, int], ...], expert: int | None = None
+    ) -> np.ndarray[Any, Any]:
+        """A part of a tensor, or of one expert's matrix in a fused one."""
         if self.source.transposed:
             spans = spans[::-1]
-        index = tuple(slice(*span) for span in spans)
-        values = self.checkpoint.read(name, index)
+        if self.source.fused is not None:
+            part, parts = self.source.fused
+            first = part * (self.checkpoint.tensors[name].shape[1] // parts)
+            spans = ((spans[0][0] + first, spans[0][1] + first), *spans[1:])
+        values = self._matrix(name, tuple(slice(*span) for span in spans), expert)
         if values.dtype == FLOAT8 and self.dtype != FLOAT8:
             assert self.block is not None
             blocks = tuple(
                 slice(start // size, -(-stop // size))
                 for (start, stop), size in zip(spans, self.block, strict=True)
             )
-            scales = self.checkpoint.read(name + SUFFIX, blocks)
+            scales = self._matrix(name + SUFFIX, blocks, expert)
             start = (spans[0][0], spans[1][0])
             values = dequantize_part(values, scales, start, self.block)
         values = values.astype(self.dtype, copy=False)
         return np.ascontiguousarray(values.T) if self.source.transposed else values
+
+    def _matrix(self, name: str, index: _Index, expert: int | None) -> np.ndarray[Any, Any]:
+        if expert is None:
+            return self.checkpoint.read(name, index)
+        matrix: np.ndarray[Any, Any] = self.checkpoint.read(name, (slice(expert, expert + 1), *index))[0]
+        return matrix

@@ -28,14 +28,38 @@ def block_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     quantization = config.get("quantization_config")
     if not quantization:
         return None
-    method = quantization.get("quant_method")
-    block = quantization.get("weight_block_size")
-    if method != "fp8" or not (isinstance(block, (list, tuple)) and len(block) == 2):
+    block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
+    sizes = isinstance(block, (list, tuple)) and len(block) == 2 and all(type(n) is int for n in block)
+    if block is None or not sizes or quantization.get("quant_method") != "fp8" or min(block) < 1:
         raise ModelError(
-            f"the checkpoint is quantised with quant_method={method!r}, weight_block_size={block!r}; "
-            f"float8 in blocks is supported: convert it, or take one that is float8 or bfloat16"
+            f"the checkpoint's weights are quantised as {_described(quantization)}, which is not supported; "
+            f"float8 in blocks (quant_method fp8 with a weight_block_size) and unquantised weights are: "
+            f"take such a checkpoint, or dequantise this one to bfloat16 first"
         )
     return int(block[0]), int(block[1])
+
+
+def _described(quantization: Any) -> str:
+    """A quantisation that isn't known here: its method, its format, and what config.json says of weights."""
+    if not isinstance(quantization, Mapping):
+        return repr(quantization)
+    facts = [
+        f"{name}={quantization[name]!r}"
+        for name in ("format", "bits", "group_size", "fmt", "weight_block_size")
+        if quantization.get(name) is not None
+    ]
+    # compressed-tensors' groups of layers, as Kimi K2 Thinking has them.
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            size = weights.get("group_size")
+            facts.append(
+                f"{str(weights.get('type', '?')).upper()}{weights.get('num_bits', '?')}"
+                + (f" in groups of {size}" if size else "")
+            )
+    method = quantization.get("quant_method", "an unnamed method")
+    return f"{method} ({', '.join(facts)})" if facts else str(method)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from pplx_jax.models.config import DecoderConfig
 from pplx_jax.models.decoder import Decoder
@@ -19,6 +19,13 @@ from pplx_jax.models.qwen3_moe import params as qwen3_moe_params
 from pplx_jax.models.sources import Source
 
 
+class ParamSources(Protocol):
+    """A family's map from parameters to tensors."""
+
+    def __call__(self, config: Any, *, fused: bool = ...) -> dict[str, Source]:
+        """The source of every parameter, by its path."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family of models.
@@ -26,13 +33,13 @@ class Family:
     Attributes:
       model: its class.
       from_hf: from a config.json to its configuration.
-      param_sources: from that to where parameters come from.
+      param_sources: from that to where parameters come from, experts fused or one by one.
       ignored: from that to tensors that are passed over.
     """
 
     model: type[Decoder]
     from_hf: Callable[[Mapping[str, Any]], Any]
-    param_sources: Callable[[Any], dict[str, Source]]
+    param_sources: ParamSources
     ignored: Callable[[Any], re.Pattern[str]]
 
 

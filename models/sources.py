@@ -2,12 +2,14 @@
 
 A family's ``params.py`` maps paths of parameters, such as "layers.0.attention.out.kernel", to sources.
 Hugging Face stores a matrix as [outputs, inputs]; here it is [inputs, outputs], and experts are stacked.
+Experts are stored one by one, or "fused", as transformers 5 has them in memory: one tensor for all experts of
+a layer, gate and up one after the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pplx_jax.models.config import DecoderConfig
 
@@ -20,16 +22,22 @@ class Source:
       names: of the tensors; several are stacked on a leading axis.
       transposed: whether their two axes are swapped.
       stacked: whether the parameter has that leading axis.
+      fused: (part, parts) of a single tensor that has the leading axis too: the parameter is this one of the
+        equal parts of its next axis; or None.
     """
 
     names: tuple[str, ...]
     transposed: bool = False
     stacked: bool = False
+    fused: tuple[int, int] | None = None
 
     def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each tensor, where the parameter has this one."""
-        shape = shape[1:] if self.stacked else shape
-        return shape[::-1] if self.transposed else shape
+        experts, shape = (shape[:1], shape[1:]) if self.stacked else ((), shape)
+        shape = shape[::-1] if self.transposed else shape
+        if self.fused is None:
+            return shape
+        return (*experts, shape[0] * self.fused[1], *shape[1:])
 
     def with_suffix(self, suffix: str) -> Source:
         """The tensors of these names with something appended."""
@@ -71,6 +79,20 @@ def experts(path: str, name: str, count: int, parts: Mapping[str, str]) -> dict[
 
 
 HF_PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
+def fused_experts(path: str, name: str) -> dict[str, Source]:
+    """Experts of one layer in two tensors; arguments as in `experts`."""
+    parts = {"gate": ("gate_up_proj", 0, 2), "up": ("gate_up_proj", 1, 2), "down": ("down_proj", 0, 1)}
+    return {
+        f"{path}.experts.{part}": Source((f"{name}.{tensor}",), transposed=True, stacked=True, fused=(at, of))
+        for part, (tensor, at, of) in parts.items()
+    }
+
+
+def is_fused(tensors: Iterable[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has fused experts."""
+    return any(name.endswith(".experts.gate_up_proj") for name in tensors)
 
 
 def decoder(

@@ -157,6 +157,40 @@ def test_shards_with_an_index(saved, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
+def test_fused_experts(family, tmp_path):
+    """As transformers saves what it has in memory: a layer's experts in two tensors."""
+    plain, fused = tmp_path / "plain", tmp_path / "fused"
+    build(family, plain).save_pretrained(fused, save_original_format=False)
+    with Checkpoint(fused) as checkpoint:
+        assert any(name.endswith("mlp.experts.gate_up_proj") for name in checkpoint.tensors)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("ep", "tp"))
+    for options in ({}, {"mesh": mesh, "name": f"fused-{family}"}):
+        one, other = (nnx.state(from_pretrained(folder, **options)) for folder in (plain, fused))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float8_e4m3fn])
+def test_fused_float8_experts(float8, tmp_path, dtype):
+    shutil.copy(float8.folder / "config.json", tmp_path)
+    arrays = load(float8.folder)
+    for suffix in ("", "_scale_inv"):
+        name = "model.layers.1.mlp.experts"
+        parts = {
+            part: np.stack(
+                [arrays.pop(f"{name}.{expert}.{part}_proj.weight{suffix}") for expert in range(16)]
+            )
+            for part in ("gate", "up", "down")
+        }
+        arrays[f"{name}.gate_up_proj{suffix}"] = np.concatenate([parts["gate"], parts["up"]], axis=1)
+        arrays[f"{name}.down_proj{suffix}"] = parts["down"]
+    save(tmp_path / "model.safetensors", arrays)
+    one, other = (nnx.state(from_pretrained(folder, dtype=dtype)) for folder in (float8.folder, tmp_path))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
 def test_parts_of_tensors(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
@@ -210,6 +244,26 @@ def test_every_wrong_tensor_is_listed(copy):
         "misshapen: lm_head.weight is [5, 64], the model needs [128, 64]",
     ):
         assert line in str(raised.value)
+
+
+@pytest.mark.parametrize("modules, allowed", [(None, 1), (1, 1), (2, 2), (0, 0)])
+def test_multi_token_prediction_modules(copy, modules, allowed):
+    """Layers after the last, as many as config.json says; others are surplus."""
+    raw = json.loads((copy / "config.json").read_text())
+    raw.pop("num_nextn_predict_layers", None)
+    if modules is not None:
+        raw["num_nextn_predict_layers"] = modules
+    (copy / "config.json").write_text(json.dumps(raw))
+    arrays = load(copy)
+    for layer in range(2, 2 + allowed):
+        arrays[f"model.layers.{layer}.eh_proj.weight"] = np.zeros((64, 128), np.float32)
+        arrays[f"model.layers.{layer}.mlp.experts.0.up_proj.weight"] = np.zeros((32, 64), np.float32)
+    save(copy / "model.safetensors", arrays)
+    from_pretrained(copy)
+    arrays[f"model.layers.{2 + allowed}.eh_proj.weight"] = np.zeros((64, 128), np.float32)
+    save(copy / "model.safetensors", arrays)
+    with pytest.raises(models.CheckpointError, match=f"surplus: model.layers.{2 + allowed}.eh_proj.weight"):
+        from_pretrained(copy)
 
 
 def test_float8_without_scales(float8, tmp_path):
@@ -273,8 +327,30 @@ def test_missing_files(copy, tmp_path):
         ({"rope_parameters": {"rope_type": "yarn"}}, "lacks factor"),
         (
             {"quantization_config": {"quant_method": "compressed-tensors"}},
-            "quant_method='compressed-tensors'",
+            "quantised as compressed-tensors, which is not supported",
         ),
+        (
+            {
+                "quantization_config": {  # Kimi K2 Thinking's
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                    "config_groups": {
+                        "group_0": {"weights": {"type": "int", "num_bits": 4, "group_size": 32}},
+                    },
+                }
+            },
+            r"compressed-tensors \(format='pack-quantized', INT4 in groups of 32\), .* dequantise this one",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+            r"gptq \(bits=4, group_size=128\)",
+        ),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, r"fp8 \(fmt='e4m3'\)"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}},
+            r"weight_block_size=\[0, 128\]",
+        ),
+        ({"quantization_config": ["fp8"]}, r"quantised as \['fp8'\]"),
         ({"attention_bias": True}, "attention_bias"),
     ],
 )

@@ -25,6 +25,8 @@ class DeepSeekConfig(DecoderConfig):
       routed_scaling_factor: factor on the experts' weights.
       first_k_dense_replace: layers at the start that have a dense MLP.
       rope_interleave: whether rotated pairs are neighbours in the weights.
+      num_nextn_predict_layers: multi-token prediction modules, which checkpoints may hold as layers after the
+        last one. They are passed over.
     """
 
     q_lora_rank: int | None
@@ -39,10 +41,11 @@ class DeepSeekConfig(DecoderConfig):
     first_k_dense_replace: int = 0
     rope_interleave: bool = True
     num_shared_experts: int = 1
+    num_nextn_predict_layers: int = 1
 
     @classmethod
     def _may_be_zero(cls) -> tuple[str, ...]:
-        return ("num_shared_experts", "first_k_dense_replace")
+        return ("num_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DeepSeekConfig:
@@ -77,6 +80,7 @@ class DeepSeekConfig(DecoderConfig):
             routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
             first_k_dense_replace=config.get("first_k_dense_replace", 0),
             rope_interleave=bool(config.get("rope_interleave", True)),
+            num_nextn_predict_layers=config.get("num_nextn_predict_layers", 1),
         )
 
     @classmethod
@@ -128,6 +132,7 @@ class DeepSeekConfig(DecoderConfig):
             topk_group=1,
             routed_scaling_factor=2.827,
             first_k_dense_replace=1,
+            num_nextn_predict_layers=0,
         )
 
     @classmethod

@@ -9,8 +9,8 @@ from pplx_jax.models.deepseek.config import DeepSeekConfig
 from pplx_jax.models.sources import Source, matrix, vector
 
 
-def param_sources(config: DeepSeekConfig) -> dict[str, Source]:
-    """The source of every parameter, by its path."""
+def param_sources(config: DeepSeekConfig, *, fused: bool = False) -> dict[str, Source]:
+    """The source of every parameter, by its path; of a checkpoint with fused experts or not."""
 
     def attention(path: str, name: str) -> dict[str, Source]:
         found = {
@@ -31,7 +31,10 @@ def param_sources(config: DeepSeekConfig) -> dict[str, Source]:
         if not config.is_moe(layer):
             return sources.mlp(f"{path}.mlp", f"{name}.mlp")
         moe = f"{path}.moe"
-        found = sources.experts(moe, f"{name}.mlp.experts", config.num_experts, sources.HF_PARTS)
+        if fused:
+            found = sources.fused_experts(moe, f"{name}.mlp.experts")
+        else:
+            found = sources.experts(moe, f"{name}.mlp.experts", config.num_experts, sources.HF_PARTS)
         found[f"{moe}.router"] = matrix(f"{name}.mlp.gate")
         found[f"{moe}.selection_bias"] = vector(f"{name}.mlp.gate.e_score_correction_bias")
         if config.num_shared_experts:
@@ -45,7 +48,10 @@ def param_sources(config: DeepSeekConfig) -> dict[str, Source]:
 def ignored(config: DeepSeekConfig) -> re.Pattern[str]:
     """Tensors that checkpoints hold and these models don't use.
 
-    DeepSeek-V3's multi-token prediction module is a layer after the last; Kimi K2 keeps the rotary
-    frequencies, which follow from the configuration.
+    DeepSeek-V3's multi-token prediction modules are layers after the last (model.layers.61); Kimi K2 keeps
+    the rotary frequencies, which follow from the configuration.
     """
-    return re.compile(rf"model\.layers\.{config.num_hidden_layers}\..*|.*\.rotary_emb\.inv_freq")
+    first = config.num_hidden_layers
+    layers = range(first, first + config.num_nextn_predict_layers)
+    modules = [rf"model\.layers\.{layer}\..*" for layer in layers]
+    return re.compile("|".join([*modules, r".*\.rotary_emb\.inv_freq"]))
