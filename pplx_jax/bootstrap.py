@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import ipaddress
 import json
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -47,6 +50,39 @@ def address_towards(target: str | None) -> str:
             "up with an address: bring one up, or name one with PPLX_SOCKET_IFNAME"
         )
     return outside[0].addresses[0]
+
+
+_SECRET_KEY = "pplx_jax/secret"
+
+
+def job_secret(timeout: float) -> bytes:
+    """32 random bytes that all processes of the job have, and nobody who cannot ask the coordination service.
+
+    Whichever process asks first makes them. A process that is a job by itself has its own.
+
+    Raises:
+      TimeoutError: the coordination service did not answer within ``timeout`` seconds.
+    """
+    return _own_secret() if compat.coordination_client() is None else _shared_secret(timeout)
+
+
+@functools.cache
+def _own_secret() -> bytes:
+    return secrets.token_bytes(32)
+
+
+@functools.cache
+def _shared_secret(timeout: float) -> bytes:
+    client = compat.coordination_client()
+    assert client is not None
+    with contextlib.suppress(Exception):  # somebody was first, or it does not answer: then it won't below
+        client.key_value_set_bytes(_SECRET_KEY, secrets.token_bytes(32))
+    try:
+        return client.blocking_key_value_get_bytes(_SECRET_KEY, int(timeout * 1000) + 1)
+    except Exception as error:
+        raise errors.TimeoutError(
+            f"the coordination service gave no secret for this job within {timeout:g} s: {error}"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +139,15 @@ class Bootstrap:
     def barrier(self, stage: str) -> None:
         """Returns once every process is here."""
         self.exchange(f"{stage}/barrier", b"here")
+
+    def forget(self, *stages: str) -> None:
+        """Takes back what this process published in ``stages``: everybody has read it."""
+        client = compat.coordination_client()
+        if client is None or self.processes == (self.process,):
+            return
+        for stage in stages:
+            with contextlib.suppress(Exception):  # it only takes room
+                client.key_value_delete(self._key(stage, self.process))
 
     def _key(self, stage: str, process: int) -> str:
         return f"pplx_jax/{self.scope}/{stage}/{process}"

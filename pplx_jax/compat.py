@@ -23,7 +23,10 @@ class CoordinationClient(Protocol):
     """The part of ``jax.distributed``'s client that bootstrap needs. Time-outs are in milliseconds."""
 
     def key_value_set_bytes(self, key: str, value: bytes) -> None:
-        """Publishes a value."""
+        """Publishes a value; raises where the key has one."""
+
+    def key_value_delete(self, key: str) -> None:
+        """Forgets it."""
 
     def blocking_key_value_get_bytes(self, key: str, timeout_in_ms: int) -> bytes:
         """Waits for a value."""

@@ -8,7 +8,14 @@ import concurrent.futures
 
 
 class PplxError(Exception):
-    """Base of everything this package raises besides ``ValueError`` and ``TypeError`` for bad arguments."""
+    """Base of everything this package raises besides ``ValueError`` and ``TypeError`` for bad arguments.
+
+    Attributes:
+      rank: the rank of the group that is held responsible, as ``ExpertParallel.check()`` knows it; None
+        where nobody is, or on GPUs.
+    """
+
+    rank: int | None = None
 
 
 class FabricError(PplxError):
@@ -58,6 +65,9 @@ _BY_NAME: dict[str, type[Exception]] = {
 }
 
 
-def make_error(name: str, text: str) -> Exception:
+def make_error(name: str, text: str, rank: int | None = None) -> Exception:
     """The exception for an error kind's name, as the C++ side reports it."""
-    return _BY_NAME.get(name, FabricError)(text)
+    error = _BY_NAME.get(name, FabricError)(text)
+    if isinstance(error, PplxError):
+        error.rank = rank
+    return error

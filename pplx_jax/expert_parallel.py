@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -406,6 +406,42 @@ class ExpertParallel:
         """
         self._membership.connect()
 
+    def mask(self, ranks: Sequence[int]) -> None:
+        """Goes on without ``ranks``, which have died: for decoding, on CPUs. Collective over the others.
+
+        Connects the ranks that are left anew; compiled programs run on as they are, with the same shapes. The
+        masked ranks send nothing and get nothing. Their experts are lost, but for those that ``expert_map``
+        places elsewhere too: ``dispatch`` treats a token's choices that are lost as -1, and multiplies the
+        router weights of those that remain so that their sum stays what it was. A token that has lost all
+        its experts gets zeros. ``stats()["masked"]`` tells how many did, and of how much weight. There are
+        no derivatives any more: a program that needs them raises a ValueError.
+
+        Every rank that is left must give the same ranks, which are added to those masked before. The error
+        that ``check()`` raises names one that died as its ``rank``. JAX, too, must be told to live with dead
+        processes: see docs/reliability.md.
+
+        Args:
+          ranks: positions along the group's axis, in every slice along it. All ranks of a process, or none.
+
+        Raises:
+          ValueError: a rank out of range, of this process, or of a process that has other ranks as well.
+          TimeoutError: some rank that is left did not mask the same ranks within ``timeout``.
+          FabricError: on GPUs.
+          GroupClosedError: the group is closed.
+        """
+        if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
+            raise TypeError(f"ranks must be a sequence of ints, got {ranks!r}")
+        given = list(ranks)
+        for rank in given:
+            if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
+                raise TypeError(f"ranks must be ints, got {rank!r}")
+        self._membership.mask(frozenset(int(rank) for rank in given))
+
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """Ranks that are masked, ascending."""
+        return self._membership.masked
+
     def check(self, sync: bool = False) -> None:
         """Raises the typed error of the first exchange that failed on this process's ranks, if any.
 
@@ -433,7 +469,11 @@ class ExpertParallel:
             submission until all was posted, and ``mean_arrival_seconds`` until all was here;
             ``slowest``: the rank that was waited for longest: ``rank`` and, with further mesh axes,
             ``slice``, ``process``, ``seconds`` in all and ``longest`` for one exchange; None where nobody was
-            waited for, as on the slowest rank itself.
+            waited for, as on the slowest rank itself;
+            ``masked``: None, or where ranks are masked ``ranks`` and what that cost this process's tokens
+            since: ``routed_tokens`` that had an expert, ``tokens`` of these that lost one or more,
+            ``whole_tokens`` that lost all, ``by_share``: how many of the others lost less than a quarter, a
+            half, three quarters of their router weight, or more, and ``weight``: the sum of what was lost.
         """
         return self._membership.stats()
 

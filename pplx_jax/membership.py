@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import hashlib
+import hmac
 import os
 import threading
 import time
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pplx_jax import _core, bootstrap, compat, environment, gpu
+from pplx_jax import _core, bootstrap, compat, environment, errors, gpu
 from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import FabricError, GroupClosedError, MismatchError, make_error
 from pplx_jax.fabric import Fabric
@@ -36,8 +38,9 @@ _lock = threading.RLock()
 _known: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
 #: Connected groups by name.
 _live: dict[str, Membership] = {}
-#: How often each group id was connected: every connection has keys of its own in the key-value store.
-_generations: dict[int, int] = {}
+#: How often a group of this id was connected among these processes: every connection has keys of its own in
+#: the key-value store, and all of its processes count alike.
+_generations: dict[tuple[int, tuple[int, ...]], int] = {}
 
 
 def _forget_groups() -> None:
@@ -76,6 +79,8 @@ class Membership:
         self._gpu_options = gpu_options
         self._members: dict[int, Member] = {}
         self._slices: list[int] = []  # of the members, in their order
+        self._masked: frozenset[int] = frozenset()
+        self._closing: list[threading.Thread] = []  # members of before a mask
         self._process = os.getpid()
         self._closed = False
         self._connect_lock = threading.Lock()
@@ -116,29 +121,85 @@ class Membership:
                 raise ValueError("the group's mesh is abstract: connecting needs a Mesh with devices")
             with _lock:
                 other = _live.get(self._name)
-                if other is not None:
+                if other not in (None, self):
                     raise ValueError(
                         f"a group named '{self._name}' is already connected in this process: close() it, or "
                         f"give this one another name="
                     )
                 _live[self._name] = self
-                generation = _generations[self._group_id] = _generations.get(self._group_id, -1) + 1
             try:
-                self._members = self._open(self._mesh, generation)
+                self._members = self._open(self._mesh)
             except BaseException:
                 with _lock:
                     _live.pop(self._name, None)
                 raise
 
-    def _open(self, mesh: Mesh, generation: int) -> dict[int, Member]:
-        ranks = self._ranks(mesh)
+    def mask(self, ranks: frozenset[int]) -> None:
+        """``ExpertParallel.mask``."""
+        self.require_own_process()
+        with self._connect_lock:
+            if self._closed:
+                raise GroupClosedError(
+                    f"group '{self._name}' was closed: make a new, equal one and mask that"
+                )
+            mesh = self._mesh
+            if not isinstance(mesh, Mesh):
+                raise ValueError("the group's mesh is abstract: masking ranks needs a Mesh with devices")
+            masked = self._masked | ranks
+            self._check_masked(mesh, masked)
+            if masked == self._masked and self._members:
+                return
+            if not any(member.failure() for member in self._members.values()):
+                self._drain()
+            self._closing += _close_together(self._members)
+            self._members, self._masked = {}, masked
+            try:
+                self._members = self._open(mesh)
+            except errors.TimeoutError as error:
+                raise errors.TimeoutError(
+                    f"{error}; ranks {sorted(masked)} are masked here: every rank that is left must mask "
+                    "the same"
+                ) from error
+            with _lock:
+                _live[self._name] = self
+
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """Ranks that take no part."""
+        return tuple(sorted(self._masked))
+
+    def _check_masked(self, mesh: Mesh, masked: frozenset[int]) -> None:
+        if wrong := [rank for rank in masked if not 0 <= rank < self._num_ranks]:
+            raise ValueError(f"ranks to mask must be in 0..{self._num_ranks - 1}, got {wrong[0]}")
+        if _on_gpus(mesh):
+            raise FabricError(
+                f"group '{self._name}' is on GPUs, whose kernels wait for every rank: close it and make one "
+                "on a mesh without the ranks that are gone"
+            )
+        of_process: dict[int, set[int]] = {}
+        for device, (_, rank) in self._ranks(mesh).items():
+            of_process.setdefault(device.process_index, set()).add(rank)
+        for process, ranks in of_process.items():
+            if ranks & masked and process == jax.process_index():
+                raise ValueError(
+                    f"rank {min(ranks & masked)} is of this process, {process}: others may mask it"
+                )
+            if ranks & masked and ranks - masked:
+                raise ValueError(
+                    f"process {process} has ranks {sorted(ranks)}: mask all of them or none, a process is "
+                    "there or is not"
+                )
+
+    def _open(self, mesh: Mesh) -> dict[int, Member]:
+        ranks = {d: place for d, place in self._ranks(mesh).items() if place[1] not in self._masked}
         process = jax.process_index()
-        processes = tuple(sorted({device.process_index for device in mesh.devices.flat}))
+        processes = tuple(sorted({device.process_index for device in ranks}))
         if process not in processes:
             raise ValueError(f"process {process} has no device in the group's mesh")
         on_gpus = _on_gpus(mesh)
         local = {device: place for device, place in ranks.items() if device.process_index == process}
-        boot = bootstrap.Bootstrap(f"{self._group_id:x}/{generation}", process, processes, self._timeout)
+        connection = self._next_connection(processes)
+        boot = bootstrap.Bootstrap(connection, process, processes, self._timeout)
         most_sms = self._most_sms(list(local)) if on_gpus else 0
         meeting = self._meet(boot, on_gpus, most_sms)
         fabric, address = meeting.fabric, meeting.address
@@ -146,7 +207,10 @@ class Membership:
         slices: dict[int, list[Any]] = {}
         for device, (slice_index, _) in ranks.items():  # in the order of their ranks
             slices.setdefault(slice_index, []).append(device)
-        topologies = {s: gpu.Topology.of(d, meeting.hosts, self._gpu_options) for s, d in slices.items()}
+        topologies = {
+            s: gpu.Topology.of(d, meeting.hosts, self._gpu_options) for s, d in slices.items() if on_gpus
+        }
+        token = hmac.new(bootstrap.job_secret(self._timeout), connection.encode(), "sha256").hexdigest()
         members: dict[int, Member] = {}
         try:
             nics = environment.nics() or ("",)
@@ -155,9 +219,10 @@ class Membership:
                 shape = self._config.shape(rank, self._num_ranks, self._experts_per_rank)
                 # On GPUs no runtime watches for collectives that are stuck.
                 shared = len(local) > 1 and not on_gpus
-                config = self._group_config(fabric, address, nics[number % len(nics)], shared)
+                config = self._group_config(fabric, address, nics[number % len(nics)], token, shared)
+                config.absent = self.masked
                 config.launches = launches[slice_index]
-                _set_network(config, fabric, f"{self._group_id:x}/{generation}/{slice_index}", rank)
+                _set_network(config, fabric, f"{connection}/{slice_index}", rank)
                 if on_gpus:
                     config.set_near(gpu.pci(device))
                     members[device.id] = gpu.open_member(
@@ -172,8 +237,11 @@ class Membership:
             endpoints = self._exchange_endpoints(boot, members)
             for device, (slice_index, _) in local.items():
                 peers = {rank: d.id for d, (s, rank) in ranks.items() if s == slice_index}
-                members[device.id].connect([endpoints[peers[rank]] for rank in range(self._num_ranks)])
+                members[device.id].connect(
+                    [endpoints[peers[rank]] if rank in peers else b"" for rank in range(self._num_ranks)]
+                )
             boot.barrier("connected")
+            boot.forget("hello", "endpoints")
             for member in members.values():
                 member.publish()
         except BaseException:
@@ -182,6 +250,15 @@ class Membership:
             raise
         self._slices = [slice_index for slice_index, _ in local.values()]
         return members
+
+    def _next_connection(self, processes: tuple[int, ...]) -> str:
+        """A name that this connection among ``processes`` has on all of them, and no other ever."""
+        with _lock:
+            generation = _generations[self._group_id, processes] = (
+                _generations.get((self._group_id, processes), -1) + 1
+            )
+        members = hashlib.blake2b(repr(processes).encode(), digest_size=4).hexdigest()
+        return f"{self._group_id:x}/{members}/{generation}"
 
     def _ranks(self, mesh: Mesh) -> dict[Any, tuple[int, int]]:
         """Device -> (slice, rank): a slice for each position along the mesh's other axes."""
@@ -235,7 +312,7 @@ class Membership:
         return _Meeting(fabric, address, hosts, most)
 
     def _group_config(
-        self, fabric: Fabric, address: str, nic: str, shares_process: bool
+        self, fabric: Fabric, address: str, nic: str, token: str, shares_process: bool
     ) -> _core.GroupConfig:
         config = _core.GroupConfig()
         config.name = self._name
@@ -250,9 +327,7 @@ class Membership:
         verbs = fabric.name == "verbs"
         config.set_fabric(fabric.name, fabric.endpoints, "" if verbs else address, nic)
         if verbs:
-            options = VerbsOptions(
-                **cast("dict[str, Any]", dict(fabric.verbs)), job=f"{self._name}/{self._group_id:x}"
-            )
+            options = VerbsOptions(**cast("dict[str, Any]", dict(fabric.verbs)), job=token)
             config.set_verbs(dataclasses.asdict(options))
         return config
 
@@ -268,11 +343,14 @@ class Membership:
         self.require_own_process()
         if sync:
             self._drain()
-        failures = [f for member in self._members.values() if (f := member.failure()) is not None]
-        errors = [e for member in self._members.values() if (e := member.take_data_error()) is not None]
+        for member in self._members.values():
+            if (failure := member.failure()) is not None:
+                culprit = member.failure_culprit() if isinstance(member, _core.Member) else None
+                raise make_error(*failure, culprit)
+        found = [e for member in self._members.values() if (e := member.take_data_error()) is not None]
         # The rank whose data is wrong knows best what is wrong with it.
-        errors.sort(key=lambda error: not error[2])
-        for name, text in (*failures, *((name, text) for name, text, _ in errors)):
+        found.sort(key=lambda error: not error[2])
+        for name, text, _ in found:
             raise make_error(name, text)
 
     def _drain(self) -> None:
@@ -304,6 +382,21 @@ class Membership:
             "memory": self._memory(ranks),
             "ranks": ranks,
             "slowest": self._slowest(ranks),
+            "masked": self._losses(ranks),
+        }
+
+    def _losses(self, ranks: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """What this process's tokens lost with the masked ranks."""
+        lost = [rank.pop("lost") for rank in ranks if "lost" in rank]
+        if not self._masked:
+            return None
+        return {
+            "ranks": list(self.masked),
+            "routed_tokens": sum(one["routed_tokens"] for one in lost),
+            "tokens": sum(one["tokens"] for one in lost),
+            "whole_tokens": sum(one["whole_tokens"] for one in lost),
+            "by_share": [sum(column) for column in zip(*(one["by_share"] for one in lost), strict=True)],
+            "weight": sum(one["weight"] for one in lost),
         }
 
     def _memory(self, ranks: list[dict[str, Any]]) -> dict[str, int]:
@@ -348,16 +441,7 @@ class Membership:
                     del _live[self._name]
                 if _known.get(self._group_id) is self:
                     del _known[self._group_id]
-            # Together: each tells its peers and waits for the last local completions.
-            threads = []
-            for member in self._members.values():
-                thread = threading.Thread(target=member.close)
-                try:
-                    thread.start()
-                    threads.append(thread)
-                except RuntimeError:  # the interpreter shuts down
-                    member.close()
-            for thread in threads:
+            for thread in self._closing + _close_together(self._members):
                 thread.join()
 
 
@@ -371,6 +455,19 @@ class _Meeting:
     """By process."""
     most_sms: int
     """On GPUs: blocks of a kernel that every device runs at a time."""
+
+
+def _close_together(members: dict[int, Member]) -> list[threading.Thread]:
+    """Closes all at the same time: each tells its peers and waits for the last local completions."""
+    threads = []
+    for member in members.values():
+        thread = threading.Thread(target=member.close)
+        try:
+            thread.start()
+            threads.append(thread)
+        except RuntimeError:  # the interpreter shuts down
+            member.close()
+    return threads
 
 
 def _on_gpus(mesh: Mesh) -> bool:

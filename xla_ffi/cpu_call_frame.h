@@ -31,7 +31,8 @@ ffi::Error run(Kind kind, const Frame& frame, int64_t tokens, Body&& body) {
     const Call call{.group = member->group,
                     .shape = shape,
                     .site = call_site(shape, kind, static_cast<uint64_t>(frame.tag), tokens, frame.site),
-                    .run = frame.run_id.run_id};
+                    .run = frame.run_id.run_id,
+                    .losses = &member->losses};
     if (const auto error = body(call)) return to_ffi(*error);
     return ffi::Error::Success();
   } catch (const Error& error) {

@@ -11,6 +11,14 @@ std::optional<Error> refusal(const Call& call) {
                                          std::string(call.site.name));
   }
   if (call.group.raises_in(call.run)) return call.group.failure();
+  const bool transpose =
+      call.site.kind == Kind::kDispatchTranspose || call.site.kind == Kind::kCombineTranspose;
+  if (transpose && !call.group.config().absent.empty()) {
+    return Error(ErrorKind::kInvalidArgument,
+                 "group '" + call.group.config().name + "' has masked ranks, without which " +
+                     std::string(call.site.name) +
+                     " has no derivative: to train on, restart the job without them");
+  }
   if (auto error = call.group.deferred_raise(call.run)) return error;
   return std::nullopt;
 }

@@ -1,4 +1,5 @@
 // dispatch: tokens to the ranks of their experts, and out again by expert.
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -8,33 +9,48 @@
 namespace pplx::moe {
 namespace {
 
-// Physical experts that hold each logical one. Replicas share the load by token.
+// Physical experts that hold each logical one, but for those of absent ranks. Replicas share the load by
+// token.
 class ExpertTable {
  public:
-  ExpertTable(const MoeShape& shape, const int32_t* map) : first_(shape.num_experts + 1, 0) {
-    for (int32_t p = 0; p < shape.physical_experts(); ++p) {
-      if (map[p] >= 0 && map[p] < shape.num_experts) ++first_[map[p] + 1];
-    }
+  ExpertTable(const MoeShape& shape, const int32_t* map, const std::vector<uint32_t>& absent)
+      : first_(shape.num_experts + 1, 0) {
+    std::vector<bool> away(shape.num_ranks, false);
+    for (const uint32_t rank : absent) away[rank] = true;
+    if (!absent.empty()) lost_.resize(shape.num_experts, false);
+    const auto each = [&](auto&& visit) {
+      for (int32_t p = 0; p < shape.physical_experts(); ++p) {
+        if (map[p] < 0 || map[p] >= shape.num_experts) continue;
+        if (away[p / shape.experts_per_rank]) {
+          lost_[map[p]] = true;
+        } else {
+          visit(p, map[p]);
+        }
+      }
+    };
+    each([&](int32_t, int32_t expert) { ++first_[expert + 1]; });
     for (int32_t e = 0; e < shape.num_experts; ++e) first_[e + 1] += first_[e];
     homes_.resize(first_.back());
     std::vector<int32_t> next(first_.begin(), first_.end() - 1);
-    for (int32_t p = 0; p < shape.physical_experts(); ++p) {
-      if (map[p] >= 0 && map[p] < shape.num_experts) homes_[next[map[p]]++] = p;
-    }
+    each([&](int32_t p, int32_t expert) { homes_[next[expert]++] = p; });
   }
   // -1 when nobody hosts the expert.
   int32_t find(int32_t expert, uint32_t spread) const {
     const int32_t count = first_[expert + 1] - first_[expert];
     return count == 0 ? -1 : homes_[first_[expert] + (count == 1 ? 0 : spread % count)];
   }
+  // Whether an absent rank hosts it, where nobody else does.
+  bool lost(int32_t expert) const { return !lost_.empty() && lost_[expert]; }
 
  private:
   std::vector<int32_t> first_, homes_;
+  std::vector<bool> lost_;  // empty where no rank is absent
 };
 
 // Fills `home`; returns what is wrong with the indices, if anything.
-std::optional<std::string> find_homes(const MoeShape& shape, const DispatchSend& args, int32_t tokens) {
-  const ExpertTable table(shape, args.expert_map);
+std::optional<std::string> find_homes(const MoeShape& shape, const DispatchSend& args, int32_t tokens,
+                                      const std::vector<uint32_t>& absent) {
+  const ExpertTable table(shape, args.expert_map, absent);
   const int32_t num_tokens = *args.num_tokens;
   if (num_tokens < 0 || num_tokens > tokens) {
     return "num_tokens is " + std::to_string(num_tokens) + ", allowed are 0.." + std::to_string(tokens);
@@ -62,7 +78,9 @@ std::optional<std::string> find_homes(const MoeShape& shape, const DispatchSend&
         return where() + " a second time: a token's experts must be distinct";
       }
       out[k] = table.find(ids[k], static_cast<uint32_t>(t + shape.rank));
-      if (out[k] < 0) return where() + ", an expert that expert_map places nowhere";
+      if (out[k] >= 0) continue;
+      if (!table.lost(ids[k])) return where() + ", an expert that expert_map places nowhere";
+      out[k] = kNotRouted;
     }
   }
   return std::nullopt;
@@ -112,15 +130,19 @@ class DispatchSender {
       : call_(call),
         shape_(call.shape),
         args_(args),
+        weights_(args.weights),
         ordinals_(int64_t{call.tokens()} * shape_.top_k),
         counts_(shape_.physical_experts(), 0) {}
 
   bool prepare() {
     const int64_t choices = int64_t{call_.tokens()} * shape_.top_k;
-    if (const auto wrong = find_homes(shape_, args_, call_.tokens())) {
+    const auto& absent = call_.group.config().absent;
+    if (const auto wrong = find_homes(shape_, args_, call_.tokens(), absent)) {
       report(call_, "rank " + std::to_string(shape_.rank) + ": " + *wrong);
       std::fill_n(args_.home, choices, kNotRouted);
       sound_ = false;
+    } else if (!absent.empty()) {
+      make_up();
     }
     for (int64_t at = 0; at < choices; ++at) {
       if (args_.home[at] >= 0) ordinals_[at] = counts_[args_.home[at]]++;
@@ -154,6 +176,42 @@ class DispatchSender {
   }
 
  private:
+  // A token's remaining experts take over the weight of those that are lost, so that its sum stays what it
+  // was.
+  void make_up() {
+    LossCounts counts;
+    made_up_.assign(args_.weights, args_.weights + int64_t{call_.tokens()} * shape_.top_k);
+    weights_ = made_up_.data();
+    for (int32_t t = 0; t < *args_.num_tokens; ++t) {
+      const int64_t at = int64_t{t} * shape_.top_k;
+      float all = 0, left = 0;
+      int32_t routed = 0, kept = 0;
+      for (int32_t k = 0; k < shape_.top_k; ++k) {
+        if (args_.indices[at + k] < 0) continue;
+        ++routed;
+        all += args_.weights[at + k];
+        if (args_.home[at + k] < 0) continue;
+        ++kept;
+        left += args_.weights[at + k];
+      }
+      counts.routed += routed != 0 ? 1 : 0;
+      if (kept == routed) continue;
+      ++counts.tokens;
+      if (std::isfinite(all - left)) counts.weight += all - left;
+      if (kept == 0) {
+        ++counts.whole;
+        continue;
+      }
+      const float share =
+          all > left && left >= 0 ? (all - left) / all : 0;  // of odd weights there is no telling
+      ++counts.by_share[std::min(3, static_cast<int>(share * 4))];
+      const float factor = all / left;
+      if (share <= 0 || !std::isfinite(factor)) continue;
+      for (int32_t k = 0; k < shape_.top_k; ++k) made_up_[at + k] *= factor;
+    }
+    if (call_.losses != nullptr) call_.losses->add(counts);
+  }
+
   // The round's tokens, once each although several ranks may get them.
   void quantize(int32_t round) {
     rows_ = static_cast<const std::byte*>(args_.x);
@@ -186,7 +244,7 @@ class DispatchSender {
     for (int32_t k = 0; k < shape_.top_k; ++k) {
       const int32_t expert = args_.home[at + k];
       if (expert < 0 || expert / shape_.experts_per_rank != peer) continue;
-      const SlotEntry entry{.weight = args_.weights[at + k],
+      const SlotEntry entry{.weight = weights_[at + k],
                             .ordinal = ordinals_[at + k],
                             .local_expert = static_cast<uint16_t>(expert % shape_.experts_per_rank),
                             .column = static_cast<uint8_t>(k),
@@ -204,6 +262,8 @@ class DispatchSender {
   const Call& call_;
   const MoeShape& shape_;
   const DispatchSend& args_;
+  const float* weights_;            // [T, K] as they travel
+  std::vector<float> made_up_;      // the same, where ranks are absent
   std::vector<uint32_t> ordinals_;  // [T, K] among this rank's tokens for the expert
   std::vector<uint32_t> counts_;    // [physical experts] of this rank's tokens
   bool sound_ = true;

@@ -7,6 +7,7 @@
 #include "proxy/moe/exchange_group.h"
 #include "xla_ffi/exchange_args.h"
 #include "xla_ffi/layout.h"
+#include "xla_ffi/losses.h"
 
 namespace pplx::moe {
 
@@ -15,7 +16,8 @@ struct Call {
   ExchangeGroup& group;
   const MoeShape& shape;
   CallSite site;
-  int64_t run;  // tells executions of a program apart
+  int64_t run;               // tells executions of a program apart
+  Losses* losses = nullptr;  // where dispatch counts what absent ranks cost
 
   int32_t tokens() const { return static_cast<int32_t>(site.tokens); }
   int32_t rounds() const { return shape.rounds(tokens()); }

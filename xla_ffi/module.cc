@@ -76,6 +76,11 @@ class MemberHandle {
     member_->group.fail(Error(ErrorKind::kPeer, why), member_->group.config().rank);
   }
   std::optional<moe::Report> failure() const { return moe::to_report(member_->group.failure()); }
+  // The rank held responsible for the failure.
+  std::optional<uint32_t> failure_culprit() const {
+    const uint32_t culprit = member_->group.failure_culprit();
+    return culprit == moe::ExchangeGroup::kNobody ? std::nullopt : std::optional(culprit);
+  }
   // With whether it is this rank's own.
   std::optional<std::tuple<std::string, std::string, bool>> take_data_error() {
     const bool own = member_->group.data_error_culprit() == member_->group.config().rank;
@@ -84,7 +89,18 @@ class MemberHandle {
     return std::tuple(error->first, error->second, own);
   }
 
-  nb::dict stats() const { return moe::stats_dict(member_->group.stats(), member_->shape.rank); }
+  nb::dict stats() const {
+    nb::dict out = moe::stats_dict(member_->group.stats(), member_->shape.rank);
+    const moe::LossCounts losses = member_->losses.counts();
+    nb::dict lost;
+    lost["routed_tokens"] = losses.routed;
+    lost["tokens"] = losses.tokens;
+    lost["whole_tokens"] = losses.whole;
+    lost["by_share"] = std::vector<uint64_t>(losses.by_share.begin(), losses.by_share.end());
+    lost["weight"] = losses.weight;
+    out["lost"] = lost;
+    return out;
+  }
 
  private:
   int64_t group_;
@@ -152,6 +168,7 @@ void bind_group(nb::module_& m) {
       .def("set_verbs", [](GroupConfig& config,
                            const nb::dict& options) { config.engine.verbs = to_verbs_config(options); })
       .def_rw("launches", &GroupConfig::launches)
+      .def_rw("absent", &GroupConfig::absent)
       .def("set_simulation", [](GroupConfig& config, uint64_t seed, const std::string& network, bool reorder,
                                 uint32_t max_delay, uint32_t max_pieces, uint32_t stall_every) {
         SimConfig& sim = config.engine.sim;
@@ -170,6 +187,7 @@ void bind_group(nb::module_& m) {
       .def("close", &MemberHandle::close)
       .def("fail", &MemberHandle::fail)
       .def("failure", &MemberHandle::failure)
+      .def("failure_culprit", &MemberHandle::failure_culprit)
       .def("take_data_error", &MemberHandle::take_data_error)
       .def("stats", &MemberHandle::stats);
 }

@@ -12,6 +12,7 @@
 #include "proxy/moe/exchange_group.h"
 #include "proxy/process.h"
 #include "xla_ffi/layout.h"
+#include "xla_ffi/losses.h"
 
 namespace pplx::moe {
 
@@ -80,6 +81,7 @@ class RegistryOf {
 struct Member {
   MoeShape shape;
   ExchangeGroup group;
+  Losses losses;
   Member(const MoeShape& member_shape, GroupConfig config) : shape(member_shape), group(std::move(config)) {}
   bool closed() const noexcept { return group.closed(); }
 };

@@ -132,7 +132,7 @@ std::byte* Exchange::message(uint32_t peer, size_t bytes) {
                                                  " bytes does not fit a region of " +
                                                  std::to_string(group_.config_.region_bytes));
   }
-  if (peer == group_.config_.rank) {
+  if (peer == group_.config_.rank || group_.peers_[peer]->absent) {
     message_ = group_.region(lane_, peer);  // nobody else reads or writes it
     return message_;
   }
@@ -178,8 +178,9 @@ void Exchange::post(uint32_t slots, bool poisoned) {
   header.magic = kMagic;
   header.version = kWireVersion;
   header.kind = static_cast<uint8_t>(site_.kind);
-  header.nonce = message_peer_ == config.rank ? group_.nonce_ : peer.nonce;
-  header.source = config.rank;
+  const bool stays = message_peer_ == config.rank || peer.absent;
+  header.nonce = stays ? group_.nonce_ : peer.nonce;
+  header.source = peer.absent ? message_peer_ : config.rank;
   header.exchange = number_;
   header.tag = site_.tag;
   header.tokens = site_.tokens;
@@ -200,8 +201,9 @@ void Exchange::post(uint32_t slots, bool poisoned) {
     header.flags |= raise_;
     header.culprit = raise_culprit_;
   }
+  if (peer.absent) echo(header);
   std::memcpy(message_, &header, sizeof(header));
-  if (message_peer_ == config.rank) return;
+  if (stays) return;
 
   ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
   const size_t offset = lane_ * config.staging_bytes + staged_;
@@ -227,6 +229,17 @@ void Exchange::post(uint32_t slots, bool poisoned) {
   staged_ += (message_bytes_ + 63) / 64 * 64;
 }
 
+// What has nothing in it for an absent rank is what that rank would have sent: the same header, no rows. Rows
+// for it, of a route from before it was absent, are the caller's mistake, as they will never come home.
+void Exchange::echo(RegionHeader& header) const {
+  if ((header.flags & kPoisoned) != 0) header.flags &= static_cast<uint8_t>(~kPoisoned);
+  if (header.slots == 0) return;
+  header.slots = 0;
+  header.bytes = sizeof(header);
+  header.flags |= kPoisoned;
+  header.culprit = header.source;
+}
+
 void Exchange::note_sent() {
   if (group_.failed_ || group_.closed_) return;
   group_.sent_exchanges_ = std::max<uint64_t>(group_.sent_exchanges_, number_ + 1);
@@ -244,7 +257,12 @@ bool Exchange::wait_for_arrivals(bool checked) {
   std::vector<uint32_t> missing;
   missing.reserve(config.num_ranks);
   for (uint32_t offset = 1; offset < config.num_ranks; ++offset) {
-    missing.push_back((config.rank + offset) % config.num_ranks);
+    const uint32_t source = (config.rank + offset) % config.num_ranks;
+    if (group_.peers_[source]->absent) {
+      if (checked && !check(source)) return false;
+      continue;
+    }
+    missing.push_back(source);
   }
   const auto began = Clock::now();
   unsigned checks = 0;
@@ -282,6 +300,7 @@ bool Exchange::wait_for_arrivals(bool checked) {
 
 bool Exchange::here(uint32_t source) const {
   const ExchangeGroup::Peer& peer = *group_.peers_[source];
+  if (peer.absent) return true;
   const uint64_t uses = number_ / group_.lanes_ + 1;  // of the lane, this exchange included
   return peer.arrivals[lane_].value() >= uses * peer.shards;
 }
@@ -370,7 +389,9 @@ bool Exchange::check(uint32_t source) {
         source);
     return false;
   }
-  group_.peers_[source]->received_bytes += source == config.rank ? 0 : theirs.bytes;
+  if (source != config.rank && !group_.peers_[source]->absent) {
+    group_.peers_[source]->received_bytes += theirs.bytes;
+  }
   return true;
 }
 

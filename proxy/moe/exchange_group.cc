@@ -16,6 +16,7 @@ namespace {
 
 constexpr uint32_t kEndpointMagic = 0x50504d45;  // "EMPP"
 constexpr auto kCloseLimit = std::chrono::seconds(2);
+constexpr auto kFailedCloseLimit = std::chrono::milliseconds(500);
 constexpr size_t kPastRuns = 64;
 
 // Never zero, never repeated in a process until it wraps; starts at random, so that two processes that
@@ -57,6 +58,13 @@ ExchangeGroup::ExchangeGroup(GroupConfig config)
     throw Error(ErrorKind::kInvalidArgument, "group '" + config_.name + "': a message of " +
                                                  std::to_string(config_.region_bytes) +
                                                  " bytes is longer than 4 GiB; set chunk= lower");
+  }
+  for (const uint32_t rank : config_.absent) {
+    if (rank >= config_.num_ranks || rank == config_.rank) {
+      throw Error(ErrorKind::kInvalidArgument,
+                  "group '" + config_.name + "': rank " + std::to_string(config_.rank) + " of " +
+                      std::to_string(config_.num_ranks) + " cannot do without rank " + std::to_string(rank));
+    }
   }
   headers_.resize(config_.num_ranks);
   engine_ = std::make_unique<TransferEngine>(config_.engine);
@@ -112,7 +120,14 @@ void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
                 "group '" + config_.name + "': " + std::to_string(endpoints.size()) + " endpoints for " +
                     std::to_string(config_.num_ranks) + " ranks");
   }
+  for (const uint32_t rank : config_.absent) {
+    Peer& peer = *peers_[rank];
+    peer.absent = true;
+    peer.gone = true;  // never written to, never missed
+    peer.last_words = UINT64_MAX;
+  }
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    if (peers_[rank]->absent) continue;
     ByteReader in(checked(endpoints[rank], "group endpoint"), "group endpoint");
     if (in.get<uint32_t>() != kEndpointMagic) in.malformed("it has another magic number");
     Peer& peer = *peers_[rank];
@@ -211,11 +226,12 @@ std::optional<uint32_t> ExchangeGroup::gone_before(uint64_t exchange) {
 
 // --- failure ---------------------------------------------------------------------------------------------
 
-bool ExchangeGroup::record_failure(const Error& error) {
+bool ExchangeGroup::record_failure(const Error& error, uint32_t culprit) {
   {
     const std::lock_guard guard(status_mutex_);
     if (failure_) return false;
     failure_ = error;
+    failure_culprit_ = culprit < config_.num_ranks ? culprit : kNobody;
     failure_run_ = current_run_.load();
     failed_ = true;
   }
@@ -225,7 +241,7 @@ bool ExchangeGroup::record_failure(const Error& error) {
 }
 
 void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
-  if (!record_failure(error)) return;
+  if (!record_failure(error, culprit)) return;
   AbortNotice notice{};
   notice.exchange = latest_exchange();
   notice.error_kind = static_cast<uint8_t>(error.kind());
@@ -237,6 +253,11 @@ void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
 std::optional<Error> ExchangeGroup::failure() const {
   const std::lock_guard guard(status_mutex_);
   return failure_;
+}
+
+uint32_t ExchangeGroup::failure_culprit() const {
+  const std::lock_guard guard(status_mutex_);
+  return failure_culprit_;
 }
 
 void ExchangeGroup::report_data_error(const Error& error, uint32_t culprit, int64_t run) {
@@ -339,7 +360,8 @@ void ExchangeGroup::read_notices() {
                           : ErrorKind::kPeer;
     // Not passed on: whoever failed has told every peer itself.
     record_failure(Error(kind, rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) +
-                                   ": " + notice.text));
+                                   ": " + notice.text),
+                   notice.culprit);
   }
 }
 
@@ -421,7 +443,9 @@ void ExchangeGroup::close() {
           return control_->done() >= control_posted_ &&
                  std::all_of(lane_state_.begin(), lane_state_.end(), sent);
         },
-        Clock::now() + kCloseLimit);
+        // Of a failed group nobody waits for anything but the notice of that, which has long left; and whose
+        // failure it is may never take what was posted to it.
+        Clock::now() + (failed_ ? Duration(kFailedCloseLimit) : Duration(kCloseLimit)));
   }
   engine_->close();
   if (connected_) note(LogLevel::kInfo, latest_exchange(), Field("event", "closed"));

@@ -40,6 +40,9 @@ struct GroupConfig {
   // The same at a call's first execution: compilation and autotuning differ between ranks.
   Duration first_stall_timeout = std::chrono::seconds(900);
   std::shared_ptr<Launches> launches;  // of the ranks in this process; null: not compared
+  // Ranks that take no part, equal on all others: nothing is sent to them, and each of their messages is
+  // taken to be here and empty.
+  std::vector<uint32_t> absent;
   EngineConfig engine;
 };
 
@@ -83,13 +86,16 @@ class ExchangeGroup {
   const GroupConfig& config() const noexcept { return config_; }
   // What the other ranks need to reach this one; pass all of them, in rank order, to connect().
   Bytes endpoint() const;
-  // Once. Throws kMismatch when ranks disagree on the configuration, kFabric, kInvalidArgument, kPeer.
+  // Once; the endpoints of absent ranks are not looked at. Throws kMismatch when ranks disagree on the
+  // configuration, kFabric, kInvalidArgument, kPeer.
   void connect(const std::vector<Bytes>& endpoints);
 
   // Final: the first failure wins, is told to every peer, and every later exchange poisons at once.
   void fail(const Error& error, uint32_t culprit);
   // The failure, if any. `run` tells executions of a program apart.
   std::optional<Error> failure() const;
+  // The rank held responsible for it; kNobody where there is none.
+  uint32_t failure_culprit() const;
   // A data error never stops the protocol: it is kept until `take_data_error`.
   void report_data_error(const Error& error, uint32_t culprit, int64_t run);
   std::optional<Error> data_error() const;
@@ -110,7 +116,8 @@ class ExchangeGroup {
   // Moves messages on, without waiting. An exchange's wait() does so itself.
   void progress();
   GroupStats stats() const;
-  // Idempotent, bounded by two seconds: tells the peers, drains local completions, closes the engine.
+  // Idempotent, bounded by two seconds, or half a one after a failure: tells the peers, drains local
+  // completions, closes the engine.
   void close();
   bool closed() const noexcept { return closed_.load(); }
 
@@ -168,7 +175,7 @@ class ExchangeGroup {
   void beat();
   void check_liveness(Clock::time_point now, Duration absent);
   // Records the failure unless there is one. Returns whether it is the first.
-  bool record_failure(const Error& error);
+  bool record_failure(const Error& error, uint32_t culprit);
   void broadcast(const AbortNotice& notice, NoticeSlot slot);
   std::byte* region(uint32_t lane, uint32_t source) const;
 
@@ -197,6 +204,7 @@ class ExchangeGroup {
   mutable std::mutex status_mutex_;
   std::optional<Error> failure_;
   std::optional<int64_t> failure_run_;
+  uint32_t failure_culprit_ = kNobody;
   std::optional<Error> data_error_;
   int64_t data_error_run_ = 0;
   struct DeferredRaise {
@@ -264,6 +272,7 @@ class Exchange {
  private:
   void finish_abandoned(int64_t run);
   void note_sent();
+  void echo(RegionHeader& header) const;
   bool wait_for_arrivals(bool checked);
   bool here(uint32_t source) const;
   void read_news(const std::vector<uint32_t>& missing);

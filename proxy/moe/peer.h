@@ -9,6 +9,7 @@ struct ExchangeGroup::Peer {
   uint32_t nonce = 0;
   uint32_t shards = 1;  // immediates a message of this peer consists of
   std::string process;
+  bool absent = false;  // takes no part
   std::shared_ptr<RemoteRegion> regions, notice_region;
   std::vector<ImmCounter> arrivals;  // by lane
   ImmCounter heartbeats, closings, failures;
