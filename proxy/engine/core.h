@@ -109,6 +109,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
 
   // nics.cc
   size_t shards() const noexcept { return nics_.size(); }
+  bool takes_device_memory() const noexcept { return device_memory_; }
   void remove_nic(size_t index);
 
   // watch.cc
@@ -252,7 +253,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   std::vector<Nic> nics_;
   size_t polling_ = 0;  // the NIC whose fabric reports
   size_t max_message_ = 0, max_write_ = 0, split_above_ = 0;
-  bool delivery_complete_ = true, reads_ = true, mutual_ = false;  // of all NICs
+  bool delivery_complete_ = true, reads_ = true, device_memory_ = true, mutual_ = false;  // of all NICs
   bool failing_ = false;                                           // one of nics_ is
   std::string fabric_name_;
   PeerAddress self_;

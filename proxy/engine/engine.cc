@@ -25,6 +25,7 @@ std::shared_ptr<Region> TransferEngine::register_memory(const DeviceMemory& memo
       memory.data, memory.size, [&](Fabric& fabric) { return fabric.register_device_memory(memory); },
       std::move(keepalive));
 }
+bool TransferEngine::takes_device_memory() const noexcept { return core_->takes_device_memory(); }
 std::shared_ptr<Region> TransferEngine::allocate(size_t size) { return core_->allocate(size); }
 std::shared_ptr<RemoteRegion> TransferEngine::open(const RegionDescriptor& descriptor) {
   return core_->open(descriptor);

@@ -34,6 +34,8 @@ class TransferEngine {
   // GPU memory, where the NICs reach it (GPUDirect RDMA); otherwise kFabric. Not readable through data().
   std::shared_ptr<Region> register_memory(const DeviceMemory& memory,
                                           std::shared_ptr<void> keepalive = nullptr);
+  // Whether it is worth trying: the providers of all NICs know of GPU memory.
+  bool takes_device_memory() const noexcept;
   std::shared_ptr<Region> allocate(size_t size);  // zeroed, page-aligned, registered
 
   // Connects to the owner (if new) and resolves the descriptor. Malformed bytes: kInvalidArgument.

@@ -44,6 +44,7 @@ void EngineCore::add_nics() {
     max_write_ = std::min(max_write_, caps.max_write);
     delivery_complete_ &= caps.delivery_complete;
     reads_ &= caps.reads;
+    device_memory_ &= caps.device_memory;
     mutual_ |= caps.mutual;
     if (i > 0) self_.further.push_back(nics_[i].fabric->address().endpoints);
   }

@@ -35,6 +35,9 @@ struct SimConfig {
   uint32_t queue_depth = 4096;  // outstanding operations an endpoint accepts before it pushes back
   uint64_t max_write = 0;       // longest write taken in one operation, longer ones are split; 0: any
   bool mutual = false;          // writes and reads of whoever the target has not connected to are refused
+  // How bytes get from one address to another, where one or both are a GPU's; with it GPU memory can be
+  // registered. Null: it cannot, and bytes are copied by the CPU.
+  std::function<void(void* to, const void* from, size_t bytes)> copy{};
 };
 
 // One of an engine's NICs.

@@ -27,6 +27,7 @@ struct FabricCaps {
   uint32_t rails = 1;             // endpoints of this NIC that writes may be spread over
   bool delivery_complete = true;  // a completion means that the bytes are visible at the target
   bool reads = true;              // try_read works
+  bool device_memory = false;     // register_device_memory may work
   // The target must have connected to the initiator, too, before it takes a write or serves a read. The
   // engine then exchanges messages first, which need no more than connect() on the sender's side.
   bool mutual = false;

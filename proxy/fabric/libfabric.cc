@@ -504,6 +504,7 @@ class LibfabricFabric final : public Fabric {
     completion_ = traits_.ask_delivery ? info_->tx_attr->op_flags & FI_DELIVERY_COMPLETE : 0;
     caps_.delivery_complete = completion_ != 0 || traits_.delivered;
     caps_.mutual = traits_.mutual;
+    caps_.device_memory = hmem_;
   }
 
   std::vector<std::byte> endpoint_name(fid_ep* endpoint) const {

@@ -111,6 +111,7 @@ class SimFabric final : public Fabric {
     caps_.queue_depth = SIZE_MAX;  // ours, so that try_write is what pushes back
     caps_.rails = static_cast<uint32_t>(config.endpoints);
     caps_.mutual = config_.mutual;
+    caps_.device_memory = config_.copy != nullptr;
     address_.endpoints.emplace_back(address_.engine.begin(), address_.engine.end());
     uint64_t index = Network::get().add(config_.network, address_.endpoints[0], port_);
     rng_.seed((config_.seed + 1) * 0x9E3779B97F4A7C15ULL + index);
@@ -131,6 +132,10 @@ class SimFabric final : public Fabric {
         static_cast<std::byte*>(data), size, reinterpret_cast<uint64_t>(data), key, nullptr, nullptr};
     memory_[key] = memory;
     return memory;
+  }
+  FabricMemory register_device_memory(const DeviceMemory& memory) override {
+    if (!config_.copy) return Fabric::register_device_memory(memory);
+    return register_memory(memory.data, memory.size);
   }
   void unregister_memory(const FabricMemory& memory) override { memory_.erase(memory.key); }
 
@@ -190,6 +195,14 @@ class SimFabric final : public Fabric {
   bool roll(uint32_t one_in) { return one_in != 0 && rng_() % one_in == 0; }
   uint32_t delay() {
     return config_.max_delay == 0 ? 0 : static_cast<uint32_t>(rng_() % (config_.max_delay + 1));
+  }
+
+  void copy(std::byte* to, const std::byte* from, size_t bytes) const {
+    if (config_.copy) {
+      config_.copy(to, from, bytes);
+    } else {
+      std::memcpy(to, from, bytes);
+    }
   }
 
   Post post(FabricOp& op) {
@@ -336,9 +349,9 @@ class SimFabric final : public Fabric {
     if (allowed && piece.length > 0) {
       std::byte* here = memory->second.data + (op.target - memory->second.base) + piece.offset;
       if (op.kind == FabricOp::Kind::kRead) {
-        std::memcpy(const_cast<std::byte*>(op.source) + piece.offset, here, piece.length);
+        copy(const_cast<std::byte*>(op.source) + piece.offset, here, piece.length);
       } else {
-        std::memcpy(here, op.source + piece.offset, piece.length);
+        copy(here, op.source + piece.offset, piece.length);
       }
     }
     if (!last) return;

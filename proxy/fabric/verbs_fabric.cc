@@ -41,6 +41,7 @@ VerbsFabric::VerbsFabric(const EngineConfig& config) : connect_timeout_(config.v
   caps_.queue_depth = device_->send_budget();
   caps_.rails = static_cast<uint32_t>(config.endpoints);
   caps_.delivery_complete = true;
+  caps_.device_memory = true;  // by dma-buf or nvidia_peermem, which registering shows
 }
 
 VerbsFabric::~VerbsFabric() { close(); }

@@ -132,6 +132,9 @@ std::byte* Exchange::message(uint32_t peer, size_t bytes) {
                                                  " bytes does not fit a region of " +
                                                  std::to_string(group_.config_.region_bytes));
   }
+  if (!group_.buffers_.readable) {
+    throw Error(ErrorKind::kInvalidArgument, describe() + ": messages in a GPU's memory are packed there");
+  }
   if (peer == group_.config_.rank || group_.peers_[peer]->absent) {
     message_ = group_.region(lane_, peer);  // nobody else reads or writes it
     return message_;
@@ -151,7 +154,7 @@ std::byte* Exchange::message(uint32_t peer, size_t bytes) {
     if (group_.failed_ || group_.closed_) return nullptr;
     staged_ = 0;
   }
-  message_ = group_.staging_->data() + lane_ * group_.config_.staging_bytes + staged_;
+  message_ = group_.buffers_.staging->data() + lane_ * group_.config_.staging_bytes + staged_;
   return message_;
 }
 
@@ -161,13 +164,16 @@ std::byte* Exchange::packed(uint32_t peer, size_t bytes) {
   message_peer_ = peer;
   message_bytes_ = bytes;
   if (group_.failed_ || group_.closed_) return nullptr;
-  if (peer == config.rank) return message_ = group_.region(lane_, peer);
+  if (peer == config.rank) return message_ = group_.header_from(lane_, peer);
   staged_ = peer * config.region_bytes;
   if (bytes > config.region_bytes || staged_ + bytes > config.staging_bytes) {
     throw Error(ErrorKind::kInvalidArgument, describe() + ": a message of " + std::to_string(bytes) +
                                                  " bytes does not lie where it should");
   }
-  return message_ = group_.staging_->data() + lane_ * config.staging_bytes + staged_;
+  if (!group_.buffers_.readable) {
+    return message_ = group_.header_region_->data() + group_.headers_bytes() + group_.header_at(lane_, peer);
+  }
+  return message_ = group_.buffers_.staging->data() + lane_ * config.staging_bytes + staged_;
 }
 
 void Exchange::post(uint32_t slots, bool poisoned) {
@@ -205,21 +211,9 @@ void Exchange::post(uint32_t slots, bool poisoned) {
   std::memcpy(message_, &header, sizeof(header));
   if (stays) return;
 
-  ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
-  const size_t offset = lane_ * config.staging_bytes + staged_;
-  ++lane.posted;
   try {
-    group_.engine_->write(
-        {.source = group_.staging_.get(),
-         .source_offset = offset,
-         .target = peer.regions.get(),
-         .target_offset = (size_t{lane_} * config.num_ranks + config.rank) * config.region_bytes,
-         .length = message_bytes_,
-         .imm = immediate(peer.nonce, config.rank, lane_),
-         .imm_per_shard = true},
-        &lane.sent[message_peer_]);
+    write_message();
   } catch (const Error& error) {
-    --lane.posted;
     group_.fail(Error(error.kind(), describe() + ": no message to " + group_.rank_name(message_peer_) + ": " +
                                         error.what()),
                 message_peer_);
@@ -227,6 +221,48 @@ void Exchange::post(uint32_t slots, bool poisoned) {
   }
   peer.sent_bytes += message_bytes_;
   staged_ += (message_bytes_ + 63) / 64 * 64;
+}
+
+// The bytes of the message go to the peer's region. A CPU that cannot read there gets the header where it
+// can, and one that cannot pack here has the header apart from the body. Each write is announced; the order
+// in which they land does not matter.
+void Exchange::write_message() {
+  const GroupConfig& config = group_.config_;
+  const ExchangeGroup::Peer& peer = *group_.peers_[message_peer_];
+  const size_t region = (size_t{lane_} * config.num_ranks + config.rank) * config.region_bytes;
+  const Region& staging = *group_.buffers_.staging;
+  const size_t packed = lane_ * config.staging_bytes + staged_;
+  const Region* header = &staging;
+  size_t header_offset = packed, body = 0;
+  if (!group_.buffers_.readable) {
+    header = group_.header_region_.get();
+    header_offset = group_.headers_bytes() + group_.header_at(lane_, message_peer_);
+    body = sizeof(RegionHeader);
+    write(*header, header_offset, *peer.regions, region, sizeof(RegionHeader));
+  }
+  write(staging, packed + body, *peer.regions, region + body, message_bytes_ - body);
+  if (peer.headers == nullptr) return;
+  write(*header, header_offset, *peer.headers, group_.header_at(lane_, config.rank), sizeof(RegionHeader));
+}
+
+void Exchange::write(const Region& source, size_t offset, const RemoteRegion& target, size_t target_offset,
+                     size_t bytes) {
+  const ExchangeGroup::Peer& peer = *group_.peers_[message_peer_];
+  ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
+  ++lane.posted;
+  try {
+    group_.engine_->write({.source = &source,
+                           .source_offset = offset,
+                           .target = &target,
+                           .target_offset = target_offset,
+                           .length = bytes,
+                           .imm = immediate(peer.nonce, group_.config_.rank, lane_),
+                           .imm_per_shard = true},
+                          &lane.sent[message_peer_]);
+  } catch (...) {
+    --lane.posted;
+    throw;
+  }
 }
 
 // What has nothing in it for an absent rank is what that rank would have sent: the same header, no rows. Rows
@@ -302,7 +338,7 @@ bool Exchange::here(uint32_t source) const {
   const ExchangeGroup::Peer& peer = *group_.peers_[source];
   if (peer.absent) return true;
   const uint64_t uses = number_ / group_.lanes_ + 1;  // of the lane, this exchange included
-  return peer.arrivals[lane_].value() >= uses * peer.shards;
+  return peer.arrivals[lane_].value() >= uses * peer.shards * peer.pieces;
 }
 
 // What ends a wait early: failures and closes of peers, messages that were refused.
@@ -364,7 +400,7 @@ bool Exchange::check(uint32_t source) {
   const GroupConfig& config = group_.config_;
   // Copied before it is looked at: a peer could change it between the check and the use.
   RegionHeader& theirs = group_.headers_[source];
-  std::memcpy(&theirs, group_.region(lane_, source), sizeof(theirs));
+  std::memcpy(&theirs, group_.header_from(lane_, source), sizeof(theirs));
   if (theirs.magic != kMagic || theirs.version != kWireVersion || theirs.nonce != group_.nonce_ ||
       theirs.source != source || theirs.bytes < sizeof(RegionHeader) || theirs.bytes > config.region_bytes ||
       theirs.kind >= kKinds) {

@@ -36,7 +36,7 @@ Bytes to_bytes(std::span<const std::byte> bytes) { return {bytes.begin(), bytes.
 
 }  // namespace
 
-ExchangeGroup::ExchangeGroup(GroupConfig config)
+ExchangeGroup::ExchangeGroup(GroupConfig config, const PlaceBuffers& place)
     : config_(std::move(config)),
       lanes_(2 * config_.depth),
       nonce_(next_nonce()),
@@ -68,8 +68,12 @@ ExchangeGroup::ExchangeGroup(GroupConfig config)
   }
   headers_.resize(config_.num_ranks);
   engine_ = std::make_unique<TransferEngine>(config_.engine);
-  regions_ = engine_->allocate(lanes_ * config_.num_ranks * config_.region_bytes);
-  staging_ = engine_->allocate(lanes_ * config_.staging_bytes);
+  const size_t regions = lanes_ * config_.num_ranks * config_.region_bytes;
+  const size_t staging = lanes_ * config_.staging_bytes;
+  buffers_ = place
+                 ? place(*engine_, regions, staging)
+                 : GroupBuffers{.regions = engine_->allocate(regions), .staging = engine_->allocate(staging)};
+  if (!buffers_.readable) header_region_ = engine_->allocate(2 * headers_bytes());
   notices_ = engine_->allocate((config_.num_ranks + 1) * 2 * sizeof(AbortNotice));
   control_ = std::make_unique<CompletionCounter>();
   for (uint32_t lane = 0; lane < lanes_; ++lane)
@@ -103,7 +107,8 @@ Bytes ExchangeGroup::endpoint() const {
   out.put(config_.fingerprint);
   out.text(config_.fingerprint_text);
   out.text(process_name());
-  out.blob(regions_->descriptor().bytes());
+  out.blob(buffers_.regions->descriptor().bytes());
+  out.blob(header_region_ != nullptr ? header_region_->descriptor().bytes() : Bytes());
   out.blob(notices_->descriptor().bytes());
   out.checksum();
   return out.take();
@@ -138,6 +143,7 @@ void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
     const std::string text = in.text();
     peer.process = in.text();
     const RegionDescriptor regions{to_bytes(in.blob())};
+    const RegionDescriptor headers{to_bytes(in.blob())};
     const RegionDescriptor notices{to_bytes(in.blob())};
     in.finish();
     if (claimed != rank || peer.nonce == 0 || peer.nonce > kMaxNonce || peer.shards == 0 ||
@@ -154,7 +160,10 @@ void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
     if (rank == config_.rank) continue;
     peer.regions = engine_->open(regions);
     peer.notice_region = engine_->open(notices);
+    if (!headers.bytes().empty()) peer.headers = engine_->open(headers);
+    peer.pieces = 1 + (buffers_.readable ? 0 : 1) + (peer.headers != nullptr ? 1 : 0);
     if (peer.regions->size() != lanes_ * config_.num_ranks * config_.region_bytes ||
+        (peer.headers != nullptr && peer.headers->size() != 2 * headers_bytes()) ||
         peer.notice_region->size() != (config_.num_ranks + 1) * 2 * sizeof(AbortNotice)) {
       throw Error(ErrorKind::kMismatch, "group '" + config_.name + "': the regions of " + rank_name(rank) +
                                             " have another size than ours");
@@ -202,7 +211,11 @@ void ExchangeGroup::fail_overlap() {
 }
 
 std::byte* ExchangeGroup::region(uint32_t lane, uint32_t source) const {
-  return regions_->data() + (size_t{lane} * config_.num_ranks + source) * config_.region_bytes;
+  return buffers_.regions->data() + (size_t{lane} * config_.num_ranks + source) * config_.region_bytes;
+}
+
+std::byte* ExchangeGroup::header_from(uint32_t lane, uint32_t source) const {
+  return buffers_.readable ? region(lane, source) : header_region_->data() + header_at(lane, source);
 }
 
 std::string ExchangeGroup::rank_name(uint32_t rank) const {
@@ -459,8 +472,8 @@ GroupStats ExchangeGroup::stats() const {
   GroupStats stats;
   stats.exchanges = next_exchange_;
   stats.waits_over_10s = slow_waits_;
-  stats.region_bytes = regions_->size();
-  stats.staging_bytes = staging_->size();
+  stats.region_bytes = buffers_.regions->size();
+  stats.staging_bytes = buffers_.staging->size();
   stats.fabric = engine_->fabric_name();
   for (const auto& peer : peers_) {
     stats.peers.push_back({.process = peer->process,

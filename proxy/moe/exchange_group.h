@@ -20,6 +20,7 @@
 
 #include "proxy/engine/engine.h"
 #include "proxy/log.h"
+#include "proxy/moe/buffers.h"
 #include "proxy/moe/launches.h"
 #include "proxy/moe/wire.h"
 #include "proxy/process.h"
@@ -78,7 +79,8 @@ class Exchange;
 
 class ExchangeGroup {
  public:
-  explicit ExchangeGroup(GroupConfig config);
+  // `place` is called once, here; empty: host memory of the group's own.
+  explicit ExchangeGroup(GroupConfig config, const PlaceBuffers& place = {});
   ~ExchangeGroup();
   ExchangeGroup(const ExchangeGroup&) = delete;
   ExchangeGroup& operator=(const ExchangeGroup&) = delete;
@@ -124,9 +126,9 @@ class ExchangeGroup {
   static constexpr uint32_t kNobody = ~0U;
 
   // For who moves messages without packing or reading them here: a lane's regions are num_ranks of
-  // region_bytes, its send buffer is staging_bytes.
-  std::span<std::byte> regions() const { return {regions_->data(), regions_->size()}; }
-  std::span<std::byte> staging() const { return {staging_->data(), staging_->size()}; }
+  // region_bytes, its send buffer is staging_bytes. A GPU's addresses, where PlaceBuffers said so.
+  std::span<std::byte> regions() const { return {buffers_.regions->data(), buffers_.regions->size()}; }
+  std::span<std::byte> staging() const { return {buffers_.staging->data(), buffers_.staging->size()}; }
   std::string rank_name(uint32_t rank) const;
   // Exchanges that were sent without an Exchange; for the notice of the close.
   void count_sent(uint64_t exchanges);
@@ -178,14 +180,21 @@ class ExchangeGroup {
   bool record_failure(const Error& error, uint32_t culprit);
   void broadcast(const AbortNotice& notice, NoticeSlot slot);
   std::byte* region(uint32_t lane, uint32_t source) const;
+  // Of the message from `source`, where the CPU can read it.
+  std::byte* header_from(uint32_t lane, uint32_t source) const;
+  size_t header_at(uint32_t lane, uint32_t rank) const {
+    return (size_t{lane} * config_.num_ranks + rank) * sizeof(RegionHeader);
+  }
+  size_t headers_bytes() const { return header_at(lanes_, 0); }
 
   const ProcessMark mark_;
   GroupConfig config_;
   uint32_t lanes_;
   uint32_t nonce_;
   std::unique_ptr<TransferEngine> engine_;
-  std::shared_ptr<Region> regions_;  // [lane][source] of region_bytes
-  std::shared_ptr<Region> staging_;  // [lane] of staging_bytes
+  GroupBuffers buffers_;
+  // Where those are not readable: [lane][source] headers that come, then [lane][rank] of those that go.
+  std::shared_ptr<Region> header_region_;
   std::shared_ptr<Region> notices_;  // [source][failed, closed] of AbortNotice, then two of our own to send
   std::vector<std::unique_ptr<Peer>> peers_;
   std::vector<std::unique_ptr<Lane>> lane_state_;
@@ -244,7 +253,7 @@ class Exchange {
   Exchange& operator=(const Exchange&) = delete;
 
   // Room for a message of `bytes` (header included) to `peer`; the body starts after the RegionHeader.
-  // nullptr once the group has failed.
+  // nullptr once the group has failed. Only where the buffers are readable.
   std::byte* message(uint32_t peer, size_t bytes);
   // The same for a message that lies in the send buffer already, at peer * region_bytes. The caller knows
   // that the send buffer was free to be packed.
@@ -260,7 +269,7 @@ class Exchange {
   // that wait() returns at once. ExchangeGroup::progress() brings it about.
   bool poll(Patience& patience);
   const RegionHeader& header(uint32_t source) const;
-  const std::byte* body(uint32_t source) const;
+  const std::byte* body(uint32_t source) const;  // where the regions are readable
   size_t body_bytes(uint32_t source) const;
   bool poisoned(uint32_t source) const { return (header(source).flags & kPoisoned) != 0; }
   // After wait(): an error to return to XLA on every rank, because one of them has an old data error. Of an
@@ -279,6 +288,10 @@ class Exchange {
   void warn_of(uint32_t missing);
   void give_up(const std::vector<uint32_t>& missing);
   bool check(uint32_t source);
+  // One write with the lane's immediate, of those that a message to message_peer_ consists of.
+  void write(const Region& source, size_t offset, const RemoteRegion& target, size_t target_offset,
+             size_t bytes);
+  void write_message();
   Deadline deadline() const;
   std::string describe() const;
 

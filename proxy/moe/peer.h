@@ -11,7 +11,9 @@ struct ExchangeGroup::Peer {
   std::string process;
   bool absent = false;  // takes no part
   std::shared_ptr<RemoteRegion> regions, notice_region;
-  std::vector<ImmCounter> arrivals;  // by lane
+  std::shared_ptr<RemoteRegion> headers;  // its header_region_; null: it reads them in its regions
+  uint32_t pieces = 1;                    // writes that a message from or to it consists of
+  std::vector<ImmCounter> arrivals;       // by lane
   ImmCounter heartbeats, closings, failures;
   std::atomic<bool> failure_read{false};
   std::atomic<bool> gone{false};        // closed the group in good order,

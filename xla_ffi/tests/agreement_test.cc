@@ -167,6 +167,8 @@ TEST(Connect, AbsurdEndpoints) {
   EXPECT_EQ(kind([](Endpoint& e) { e.shards = 1 << 20; }), ErrorKind::kPeer);
   EXPECT_EQ(kind([](Endpoint& e) { e.regions.clear(); }), ErrorKind::kInvalidArgument);
   EXPECT_EQ(kind([](Endpoint& e) { std::swap(e.regions, e.notices); }), ErrorKind::kMismatch);
+  EXPECT_EQ(kind([](Endpoint& e) { e.headers = e.notices; }), ErrorKind::kMismatch);
+  EXPECT_EQ(kind([](Endpoint& e) { e.headers.resize(3); }), ErrorKind::kInvalidArgument);
 }
 
 TEST(Connect, Once) {

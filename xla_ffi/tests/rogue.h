@@ -16,7 +16,7 @@ struct Endpoint {
   uint32_t magic = 0x50504d45, nonce = 0, rank = 0, shards = 1;
   uint64_t fingerprint = 1;
   std::string text, process = "rogue";
-  Bytes regions, notices;  // descriptors
+  Bytes regions, headers, notices;  // descriptors; no headers: they are read in the regions
 
   static Endpoint parse(const Bytes& bytes) {
     ByteReader in(checked(bytes, "endpoint"), "endpoint");
@@ -33,6 +33,7 @@ struct Endpoint {
     out.text = in.text();
     out.process = in.text();
     out.regions = blob();
+    out.headers = blob();
     out.notices = blob();
     in.finish();
     return out;
@@ -47,6 +48,7 @@ struct Endpoint {
     out.text(text);
     out.text(process);
     out.blob(regions);
+    out.blob(headers);
     out.blob(notices);
     out.checksum();
     return out.take();
