@@ -22,6 +22,7 @@ uint32_t Sites::index(Kind kind, uint64_t tag, std::string_view name) {
                     "': give calls of equal shape one name=, or make several groups");
   }
   sites_.push_back({.kind = kind, .tag = tag, .name = std::string(name)});
+  if (book_) book_->add(sites_.back());
   return static_cast<uint32_t>(sites_.size() - 1);
 }
 
@@ -30,12 +31,21 @@ const Site* Sites::at(uint32_t index) const {
   return index < sites_.size() ? &sites_[index] : nullptr;
 }
 
-const Site* Sites::find(Kind kind, uint64_t tag) const {
+std::optional<Site> Sites::find(Kind kind, uint64_t tag) const {
   const std::lock_guard guard(mutex_);
   for (const Site& site : sites_) {
-    if (site.kind == kind && site.tag == tag) return &site;
+    if (site.kind == kind && site.tag == tag) return site;
   }
-  return nullptr;
+  return std::nullopt;
+}
+
+OwnedFd Sites::share() {
+  const std::lock_guard guard(mutex_);
+  if (!book_) {
+    book_.emplace(kMaxSites);
+    for (const Site& site : sites_) book_->add(site);
+  }
+  return book_->share();
 }
 
 void ControlBlock::write(const Control& values) const {
@@ -72,9 +82,10 @@ ControlBlock& control_block(int64_t group, int device) {
   if (block.control != nullptr) return block;
   const OnDevice current(device);
   void* memory = nullptr;
-  check(cudaMalloc(&memory, sizeof(Control)), "allocating a group's control block");
+  check(cudaMalloc(&memory, ControlBlock::kBytes + kGpuPage), "allocating a group's control block");
   block.device = device;
-  block.control = static_cast<Control*>(memory);
+  const auto skipped = static_cast<size_t>(-reinterpret_cast<uintptr_t>(memory) % kGpuPage);
+  block.control = reinterpret_cast<Control*>(static_cast<std::byte*>(memory) + skipped);
   block.write(Control{});
   return block;
 }

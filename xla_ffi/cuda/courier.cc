@@ -11,6 +11,7 @@
 
 #include "proxy/log.h"
 #include "xla_ffi/call_site.h"
+#include "xla_ffi/cuda/gdr_window.h"
 
 namespace pplx::moe::cuda {
 namespace {
@@ -160,12 +161,20 @@ bool Courier::receive_oldest() {
     watch();
     return false;
   }
-  const uint64_t number = oldest.ticket - 1;
-  store(config_.host.arrived[number % lanes_], number + 1);
+  tell(oldest.ticket - 1);
   arrival_ns_ += nanoseconds(Clock::now() - oldest.patience.since);
   ++arrived_;
   underway_.pop_front();
   return true;
+}
+
+void Courier::tell(uint64_t number) const {
+  const size_t lane = number % lanes_;
+  if (config_.arrived_near != nullptr) {
+    store(config_.arrived_near[lane], number + 1);
+    push_stores();
+  }
+  store(config_.host.arrived[lane], number + 1);
 }
 
 bool Courier::sound(Exchange& exchange, const Underway& underway) const {
@@ -220,7 +229,7 @@ void Courier::report_failure(const FaultRecord& record) {
   failure_seen_ = true;
   // The host ended the wait: it knows why, or is closing.
   if (record.fault == Fault::kAborted) return;
-  group.fail(fault_error({group, config_.shape, config_.sites}, record), record.culprit);
+  group.fail(fault_error(context(), record), record.culprit);
 }
 
 void Courier::note_data_error() {
@@ -228,7 +237,7 @@ void Courier::note_data_error() {
   const uint64_t taken = load(config_.host.data_errors_taken);
   if (!record || data_errors_noted_ > taken) return;
   data_errors_noted_ = taken + 1;
-  const Error error = fault_error({config_.group, config_.shape, config_.sites}, *record);
+  const Error error = fault_error(context(), *record);
   log(LogLevel::kWarn, Field("group", config_.group.config().name), ' ',
       Field("rank", config_.group.config().rank), ' ', Field("exchange", record->exchange), ' ',
       Field("event", "data_error"), ' ', Field("error", std::string(error_name(error.kind()))), ' ',

@@ -1,5 +1,5 @@
 // The thread beside a GPU: carries messages for ranks that NVLink does not reach, and news of failures both
-// ways. Calls nothing of CUDA: kernels and the courier meet in pinned memory only.
+// ways. Calls nothing of CUDA: kernels and the courier meet in pinned memory, and in what GDRCopy maps.
 #pragma once
 
 #include <atomic>
@@ -25,6 +25,10 @@ struct CourierConfig {
   HostControl& host;
   const uint32_t* slots;       // [lanes][R] of each submitted message
   std::vector<bool> by_proxy;  // by rank; where none is, only news travel
+  FindSite site_of_peer{};
+  // [lanes] in the GPU's memory, mapped: HostControl's `arrived` once more, which kernels see sooner there.
+  // Null: GDRCopy is not there.
+  uint64_t* arrived_near = nullptr;
 };
 
 // What the host's part of exchanges took, in all.
@@ -58,10 +62,12 @@ class Courier {
   bool post_next();
   bool receive_oldest();
   bool sound(Exchange& exchange, const Underway& underway) const;
+  void tell(uint64_t number) const;  // kernels, that an exchange's messages are here
   int64_t body_bytes(const CallSite& site, uint32_t round, uint32_t slots) const;
   void watch();
   void report_failure(const FaultRecord& record);
   void note_data_error();
+  FaultContext context() const { return {config_.group, config_.shape, config_.sites, config_.site_of_peer}; }
 
   CourierConfig config_;
   std::atomic<bool> carries_;

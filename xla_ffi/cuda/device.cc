@@ -45,6 +45,7 @@ Driver load() {
   look_up("cuMemSetAccess", driver.set_access);
   look_up("cuMemExportToShareableHandle", driver.export_handle);
   look_up("cuMemImportFromShareableHandle", driver.import_handle);
+  look_up("cuMemGetHandleForAddressRange", driver.export_range);
   return driver;
 }
 

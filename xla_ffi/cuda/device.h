@@ -50,6 +50,7 @@ struct Driver {
   decltype(&cuMemSetAccess) set_access;
   decltype(&cuMemExportToShareableHandle) export_handle;
   decltype(&cuMemImportFromShareableHandle) import_handle;
+  decltype(&cuMemGetHandleForAddressRange) export_range;
 };
 
 // A stream of our own, which waits for nobody else's: work on it may be done while programs run.

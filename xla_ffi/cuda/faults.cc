@@ -44,8 +44,10 @@ std::string mismatch(const FaultContext& context, const FaultRecord& record) {
   const RegionHeader& theirs = record.theirs;
   std::string name(theirs.site, strnlen(theirs.site, sizeof(theirs.site)));
   if (name.empty() && theirs.kind < kKinds) {
-    const Site* site = context.sites.find(static_cast<Kind>(theirs.kind), theirs.tag);
-    name = site != nullptr ? site->name : "?";
+    const auto kind = static_cast<Kind>(theirs.kind);
+    auto site = context.site_of_peer ? context.site_of_peer(record.culprit, kind, theirs.tag) : std::nullopt;
+    if (!site) site = context.sites.find(kind, theirs.tag);  // if it is a call of all ranks
+    name = site ? site->name : "?";
   }
   return context.group.rank_name(context.group.config().rank) + " is at " + own_site(context, record) + ", " +
          peer(context, record) + " at " +

@@ -1,6 +1,7 @@
 // What kernels find wrong, as errors for people.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -12,10 +13,14 @@
 
 namespace pplx::moe::cuda {
 
+// A rank's call by kind and tag, where this process can know it.
+using FindSite = std::function<std::optional<Site>(uint32_t rank, Kind kind, uint64_t tag)>;
+
 struct FaultContext {
   const ExchangeGroup& group;
   const MoeShape& shape;
   const Sites& sites;
+  const FindSite& site_of_peer;
 };
 
 // A copy of the record, if it is complete.

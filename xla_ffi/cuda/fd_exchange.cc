@@ -87,44 +87,55 @@ bool equal(const Token& a, const Token& b) {
   return difference == 0;
 }
 
-void send_fd(int connection, int fd) {
-  uint32_t magic = kMagic;
+// A word, and descriptors beside it.
+struct Parcel {
+  uint32_t magic = 0;
+  alignas(cmsghdr) char control[CMSG_SPACE(kMostFds * sizeof(int))] = {};
   iovec data{.iov_base = &magic, .iov_len = sizeof(magic)};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
+
+  explicit Parcel(size_t fds) {
+    message.msg_iov = &data;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(fds * sizeof(int));
+  }
+  Parcel(const Parcel&) = delete;
+  Parcel& operator=(const Parcel&) = delete;
+};
+
+void send_fds(int connection, const std::vector<OwnedFd>& fds) {
+  Parcel parcel(fds.size());
+  parcel.magic = kMagic;
+  cmsghdr* header = CMSG_FIRSTHDR(&parcel.message);
   header->cmsg_level = SOL_SOCKET;
   header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof(int));
-  std::memcpy(CMSG_DATA(header), &fd, sizeof(fd));
+  header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
+  for (size_t i = 0; i < fds.size(); ++i) {
+    const int fd = fds[i].get();
+    std::memcpy(CMSG_DATA(header) + i * sizeof(int), &fd, sizeof(fd));
+  }
   // Whoever asked sees that nothing came if this fails.
-  static_cast<void>(sendmsg(connection, &message, MSG_NOSIGNAL));
+  static_cast<void>(sendmsg(connection, &parcel.message, MSG_NOSIGNAL));
 }
 
-OwnedFd receive_fd(int connection) {
-  uint32_t magic = 0;
-  iovec data{.iov_base = &magic, .iov_len = sizeof(magic)};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  const ssize_t got = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
-  OwnedFd fd;
-  const cmsghdr* header = got > 0 ? CMSG_FIRSTHDR(&message) : nullptr;
-  if (header != nullptr && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
-      header->cmsg_len == CMSG_LEN(sizeof(int))) {
-    int received = -1;
-    std::memcpy(&received, CMSG_DATA(header), sizeof(received));
-    fd = OwnedFd(received);
+// Empty where it was anything but what was asked for.
+std::vector<OwnedFd> receive_fds(int connection, size_t count) {
+  Parcel parcel(kMostFds);
+  const ssize_t got = recvmsg(connection, &parcel.message, MSG_CMSG_CLOEXEC);
+  std::vector<OwnedFd> fds;
+  const cmsghdr* header = got > 0 ? CMSG_FIRSTHDR(&parcel.message) : nullptr;
+  if (header != nullptr && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
+    for (size_t at = CMSG_LEN(0); at + sizeof(int) <= header->cmsg_len; at += sizeof(int)) {
+      int fd = -1;
+      std::memcpy(&fd, reinterpret_cast<const char*>(header) + at, sizeof(fd));
+      fds.emplace_back(fd);
+    }
   }
-  const bool whole = got == sizeof(magic) && magic == kMagic && (message.msg_flags & MSG_CTRUNC) == 0;
-  return whole ? std::move(fd) : OwnedFd();
+  const bool whole = got == sizeof(parcel.magic) && parcel.magic == kMagic && fds.size() == count &&
+                     (parcel.message.msg_flags & MSG_CTRUNC) == 0;
+  if (!whole) fds.clear();
+  return fds;
 }
 
 void random_bytes(void* data, size_t size) {
@@ -146,8 +157,13 @@ Token random_token() {
   return token;
 }
 
-FdServer::FdServer(OwnedFd fd, const Token& token, uint32_t rank)
-    : fd_(std::move(fd)), token_(token), rank_(rank), name_("pplx-jax-") {
+FdServer::FdServer(std::vector<OwnedFd> fds, const Token& token, uint32_t rank)
+    : fds_(std::move(fds)), token_(token), rank_(rank), name_("pplx-jax-") {
+  if (fds_.empty() || fds_.size() > kMostFds) {
+    throw Error(
+        ErrorKind::kInvalidArgument,
+        std::to_string(fds_.size()) + " file descriptors to hand over, not 1.." + std::to_string(kMostFds));
+  }
   std::array<unsigned char, 16> random{};
   random_bytes(random.data(), random.size());
   for (const unsigned char byte : random) {
@@ -182,11 +198,11 @@ void FdServer::answer(int connection) const {
   Request request{};
   if (!receive_all(connection, &request, sizeof(request), SteadyClock::now() + kAnswerLimit)) return;
   if (request.magic != kMagic || request.rank != rank_ || !equal(request.token, token_)) return;
-  send_fd(connection, fd_.get());
+  send_fds(connection, fds_);
 }
 
-OwnedFd fetch_fd(const std::string& name, const Token& token, uint32_t rank,
-                 SteadyClock::time_point deadline) {
+std::vector<OwnedFd> fetch_fds(const std::string& name, const Token& token, uint32_t rank, size_t count,
+                               SteadyClock::time_point deadline) {
   const std::string what = "asking rank " + std::to_string(rank) + " on this host for its GPU memory";
   const OwnedFd connection(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (connection.get() < 0) fail(what, errno);
@@ -208,9 +224,12 @@ OwnedFd fetch_fd(const std::string& name, const Token& token, uint32_t rank,
   if (!ready(connection.get(), POLLIN, deadline)) {
     throw Error(ErrorKind::kTimeout, what + ": it did not answer in time");
   }
-  OwnedFd fd = receive_fd(connection.get());
-  if (fd.get() < 0) throw Error(ErrorKind::kFabric, what + ": it refused, or sent no descriptor");
-  return fd;
+  std::vector<OwnedFd> fds = receive_fds(connection.get(), count);
+  if (fds.empty()) {
+    throw Error(ErrorKind::kFabric, what + ": it refused, or sent other than " + std::to_string(count) +
+                                        " file descriptors (another version of pplx-jax?)");
+  }
+  return fds;
 }
 
 }  // namespace pplx::moe::cuda

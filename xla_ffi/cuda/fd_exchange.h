@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "xla_ffi/cuda/memory.h"
 
@@ -18,10 +19,13 @@ namespace pplx::moe::cuda {
 using Token = std::array<std::byte, 16>;
 Token random_token();
 
-// Hands a descriptor to whoever asks with the right token, until it is destroyed.
+// At most so many are handed over together.
+inline constexpr size_t kMostFds = 4;
+
+// Hands descriptors to whoever asks with the right token, until it is destroyed.
 class FdServer {
  public:
-  FdServer(OwnedFd fd, const Token& token, uint32_t rank);
+  FdServer(std::vector<OwnedFd> fds, const Token& token, uint32_t rank);
   ~FdServer();
   FdServer(const FdServer&) = delete;
   FdServer& operator=(const FdServer&) = delete;
@@ -32,7 +36,7 @@ class FdServer {
   void serve();
   void answer(int connection) const;
 
-  const OwnedFd fd_;
+  const std::vector<OwnedFd> fds_;
   const Token token_;
   const uint32_t rank_;
   std::string name_;
@@ -41,8 +45,8 @@ class FdServer {
   std::thread thread_;
 };
 
-// What the server `name` of `rank` hands out. Throws kFabric, or kTimeout at the deadline.
-OwnedFd fetch_fd(const std::string& name, const Token& token, uint32_t rank,
-                 std::chrono::steady_clock::time_point deadline);
+// What the server `name` of `rank` hands out, which are `count`. Throws kFabric, or kTimeout at the deadline.
+std::vector<OwnedFd> fetch_fds(const std::string& name, const Token& token, uint32_t rank, size_t count,
+                               std::chrono::steady_clock::time_point deadline);
 
 }  // namespace pplx::moe::cuda

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
-#include <map>
+#include <cstddef>
 #include <thread>
 #include <utility>
 
@@ -21,29 +20,6 @@ constexpr int kIdleLimit = 2000, kFinishLimit = 200, kFailureLimit = 1000;
 constexpr int64_t kSharesAlignment = 16;
 // A message that says nothing but its header; ExchangeGroup wants room for it.
 constexpr size_t kHeaderOnly = 512;
-
-// Regions of this process's members by token: their addresses serve every device here.
-class LocalRegions {
- public:
-  static LocalRegions& instance() {
-    static auto* regions = new LocalRegions;  // leaked, like registries
-    return *regions;
-  }
-  void put(const Token& token, const std::shared_ptr<DeviceRegions>& regions) {
-    const std::lock_guard guard(mutex_);
-    std::erase_if(regions_, [](const auto& entry) { return entry.second.expired(); });
-    regions_[token] = regions;
-  }
-  std::shared_ptr<DeviceRegions> find(const Token& token) {
-    const std::lock_guard guard(mutex_);
-    const auto at = regions_.find(token);
-    return at == regions_.end() ? nullptr : at->second.lock();
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<Token, std::weak_ptr<DeviceRegions>> regions_;
-};
 
 GroupConfig with_buffers(GroupConfig config, const MoeShape& shape, bool proxies) {
   config.rank = static_cast<uint32_t>(shape.rank);
@@ -147,7 +123,11 @@ Member::Member(int64_t group, int device, const MoeShape& shape, GroupConfig con
            " runs at most " + std::to_string(most) + " of these blocks at a time: pass a lower num_sms=");
   }
   block_ = &control_block(group, device);
-  group_ = std::make_unique<ExchangeGroup>(with_buffers(std::move(config), shape, options.proxies));
+  const PlaceBuffers place = [this](TransferEngine& engine, size_t regions, size_t staging) {
+    return place_buffers(proxy_memory_, device_, options_.regions, engine, regions, staging);
+  };
+  group_ = std::make_unique<ExchangeGroup>(with_buffers(std::move(config), shape, options.proxies),
+                                           options.proxies ? place : PlaceBuffers());
   layout_ = {.lanes = static_cast<int32_t>(2 * group_->config().depth),
              .ranks = shape.num_ranks,
              .experts = shape.experts_per_rank,
@@ -162,7 +142,7 @@ void Member::allocate() {
   const auto lanes = static_cast<size_t>(layout_.lanes);
   regions_ = std::make_shared<DeviceRegions>(device_, static_cast<size_t>(layout_.bytes()),
                                              "the regions that peers write");
-  LocalRegions::instance().put(token_, regions_);
+  LocalRegions::instance().put(token_, {regions_, &block_->sites});
   const size_t choices = lanes * static_cast<size_t>(shape_.max_tokens) * static_cast<size_t>(shape_.top_k);
   const size_t counts = ranks * static_cast<size_t>(shape_.experts_per_rank);
   const size_t shares = lanes * (ranks + counts) * kMaxBlocks;
@@ -174,16 +154,35 @@ void Member::allocate() {
   host().stall_ns = nanoseconds(config.stall_timeout);
   host().first_stall_ns = nanoseconds(config.first_stall_timeout);
   if (options_.proxies) {
+    map_control();
+    regions_placed_ =
+        Placed{.memory = proxy_memory_.regions != nullptr ? "device" : "pinned", .why = proxy_memory_.why};
+  }
+  if (options_.proxies && proxy_memory_.regions == nullptr) {
     const auto regions = group_->regions(), staging = group_->staging();
     host_regions_ = std::make_unique<PinnedView>(device_, regions.data(), regions.size());
     host_staging_ = std::make_unique<PinnedView>(device_, staging.data(), staging.size());
   }
   if (options_.shares) {
-    server_ = std::make_unique<FdServer>(regions_->export_fd(), token_, static_cast<uint32_t>(shape_.rank));
+    std::vector<OwnedFd> fds;
+    fds.push_back(regions_->export_fd());
+    fds.push_back(block_->sites.share());
+    server_ = std::make_unique<FdServer>(std::move(fds), token_, static_cast<uint32_t>(shape_.rank));
   }
   shared_.resize(ranks);
   imported_.resize(ranks);
+  books_.resize(ranks);
   peers_.resize(ranks);
+}
+
+// Words of the control block that kernels wait for, written by the host without the bus in between.
+void Member::map_control() {
+  try {
+    window_ = std::make_unique<GdrWindow>(block_->control, ControlBlock::kBytes);
+    flags_placed_ = Placed{.memory = "device", .why = "mapped by GDRCopy"};
+  } catch (const Error& error) {
+    flags_placed_ = Placed{.memory = "pinned", .why = error.what()};
+  }
 }
 
 Bytes Member::endpoint() const {
@@ -231,21 +230,23 @@ void Member::reach(uint32_t rank, const Peer& peer, Clock::time_point deadline) 
     return;
   }
   try {
-    if (auto local = LocalRegions::instance().find(peer.token)) {
-      if (local->device() == device_ || !peer_access(device_, local->device())) {
+    if (LocalRank local = LocalRegions::instance().find(peer.token); local.regions != nullptr) {
+      DeviceRegions& regions = *local.regions;
+      if (regions.device() == device_ || !peer_access(device_, regions.device())) {
         throw Error(ErrorKind::kFabric, "CUDA devices " + std::to_string(device_) + " and " +
-                                            std::to_string(local->device()) + " have no peer access");
+                                            std::to_string(regions.device()) + " have no peer access");
       }
-      local->allow(device_);
+      regions.allow(device_);
+      peers_[rank] = regions.data();
       shared_[rank] = std::move(local);
-      peers_[rank] = shared_[rank]->data();
       return;
     }
     if (peer.mapped_bytes < peer.layout_bytes || peer.mapped_bytes > peer.layout_bytes + (1ULL << 30)) {
       throw Error(ErrorKind::kPeer, "it announces " + std::to_string(peer.mapped_bytes) + " bytes");
     }
-    const OwnedFd fd = fetch_fd(peer.socket, peer.token, rank, deadline);
-    imported_[rank] = std::make_unique<ImportedRegions>(device_, fd, peer.mapped_bytes);
+    const std::vector<OwnedFd> fds = fetch_fds(peer.socket, peer.token, rank, 2, deadline);
+    imported_[rank] = std::make_unique<ImportedRegions>(device_, fds[0], peer.mapped_bytes);
+    books_[rank] = std::make_unique<SiteBookView>(fds[1]);
     peers_[rank] = imported_[rank]->data();
   } catch (const Error& error) {
     throw Error(error.kind() == ErrorKind::kTimeout ? ErrorKind::kTimeout : ErrorKind::kFabric,
@@ -256,14 +257,27 @@ void Member::reach(uint32_t rank, const Peer& peer, Clock::time_point deadline) 
   }
 }
 
+FindSite Member::site_of_peer() const {
+  return [this](uint32_t rank, Kind kind, uint64_t tag) -> std::optional<Site> {
+    if (rank >= shared_.size()) return std::nullopt;
+    if (books_[rank] != nullptr) return books_[rank]->find(kind, tag);
+    return shared_[rank].sites != nullptr ? shared_[rank].sites->find(kind, tag) : std::nullopt;
+  };
+}
+
 Control Member::control_values() {
   Control control{};
   control.open = 1;
   control.lanes = static_cast<uint32_t>(layout_.lanes);
   control.host = reinterpret_cast<HostControl*>(pinned_->device_data());
   control.host_slots = reinterpret_cast<uint32_t*>(pinned_->device_data() + sizeof(HostControl));
-  control.host_regions = host_regions_ != nullptr ? host_regions_->device_data() : nullptr;
-  control.host_staging = host_staging_ != nullptr ? host_staging_->device_data() : nullptr;
+  if (proxy_memory_.regions != nullptr) {
+    control.host_regions = proxy_memory_.regions->data();
+    control.host_staging = proxy_memory_.staging->data();
+  } else if (host_regions_ != nullptr) {
+    control.host_regions = host_regions_->device_data();
+    control.host_staging = host_staging_->device_data();
+  }
   const size_t choices =
       size_t{control.lanes} * static_cast<size_t>(shape_.max_tokens) * static_cast<size_t>(shape_.top_k);
   std::byte* at = scratch_->data();
@@ -304,14 +318,21 @@ void Member::publish() {
   block_->write(values);
   std::vector<bool> by_proxy = options_.nvlink;
   by_proxy.flip();
-  courier_ = std::make_unique<Courier>(
-      CourierConfig{.group = *group_,
-                    .shape = shape_,
-                    .sites = block_->sites,
-                    .host = host(),
-                    .slots = reinterpret_cast<const uint32_t*>(pinned_->data() + sizeof(HostControl)),
-                    .by_proxy = std::move(by_proxy)});
+  courier_ = std::make_unique<Courier>(CourierConfig{
+      .group = *group_,
+      .shape = shape_,
+      .sites = block_->sites,
+      .host = host(),
+      .slots = reinterpret_cast<const uint32_t*>(pinned_->data() + sizeof(HostControl)),
+      .by_proxy = std::move(by_proxy),
+      .site_of_peer = site_of_peer(),
+      .arrived_near = window_ != nullptr ? window_->at<uint64_t>(offsetof(Control, relayed)) : nullptr});
   published_ = true;
+  if (!options_.proxies) return;
+  log(LogLevel::kInfo, Field("group", name()), ' ', Field("rank", group_->config().rank), ' ',
+      Field("event", "memory"), ' ', Field("regions", regions_placed_->memory), ' ',
+      Field("regions_why", regions_placed_->why), ' ', Field("flags", flags_placed_->memory), ' ',
+      Field("flags_why", flags_placed_->why));
 }
 
 // --- use -------------------------------------------------------------------------------------------------
@@ -359,7 +380,8 @@ std::optional<std::pair<Error, bool>> Member::take_data_error() {
   // In this order: a kernel that sees the count may write the next record.
   std::atomic_ref(host().data_error.complete).store(0, std::memory_order_release);
   std::atomic_ref(host().data_errors_taken).fetch_add(1, std::memory_order_release);
-  return std::pair(fault_error({*group_, shape_, block_->sites}, *record),
+  const FindSite find = site_of_peer();
+  return std::pair(fault_error({*group_, shape_, block_->sites, find}, *record),
                    record->culprit == static_cast<uint32_t>(shape_.rank));
 }
 
@@ -375,8 +397,11 @@ MemberStats Member::stats() const {
   if (courier_ != nullptr && !closed_ && !group_->failure()) exchanges = block_->next();
   stats.group.exchanges = std::max(stats.group.exchanges, exchanges);
   if (courier_ != nullptr) stats.courier = courier_->stats();
-  stats.device_bytes = bytes(regions_) + bytes(scratch_);
+  stats.device_bytes =
+      bytes(regions_) + bytes(scratch_) + bytes(proxy_memory_.regions) + bytes(proxy_memory_.staging);
   stats.pinned_bytes = bytes(pinned_) + bytes(host_regions_) + bytes(host_staging_);
+  stats.regions = regions_placed_;
+  stats.flags = flags_placed_;
   return stats;
 }
 
@@ -394,6 +419,7 @@ void Member::close() {
     // The parent's: neither its threads nor its context are here.
     static_cast<void>(server_.release());
     static_cast<void>(courier_.release());
+    static_cast<void>(window_.release());
     release(false);
     return;
   }
@@ -419,6 +445,7 @@ void Member::close() {
     }
   }
   courier_.reset();
+  window_.reset();
   group_->close();
   release(idle);
 }
@@ -427,15 +454,19 @@ void Member::close() {
 void Member::release(bool idle) {
   stuck_ = !idle;
   if (idle) {
+    proxy_memory_.regions.reset();
+    proxy_memory_.staging.reset();
     host_staging_.reset();
     host_regions_.reset();
     imported_.clear();
-    shared_.clear();
+    for (LocalRank& rank : shared_) rank.regions.reset();
     scratch_.reset();
     regions_.reset();
     pinned_.reset();
     return;
   }
+  static_cast<void>(proxy_memory_.regions.release());
+  static_cast<void>(proxy_memory_.staging.release());
   static_cast<void>(host_staging_.release());
   static_cast<void>(host_regions_.release());
   for (auto& imported : imported_) static_cast<void>(imported.release());
@@ -443,7 +474,7 @@ void Member::release(bool idle) {
   static auto* mutex = new std::mutex;
   const std::lock_guard guard(*mutex);
   leaked->push_back(std::move(regions_));
-  for (auto& shared : shared_) leaked->push_back(std::move(shared));
+  for (LocalRank& rank : shared_) leaked->push_back(std::move(rank.regions));
   static_cast<void>(scratch_.release());
   static_cast<void>(pinned_.release());
 }

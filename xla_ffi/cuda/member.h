@@ -15,8 +15,11 @@
 #include "xla_ffi/cuda/control_block.h"
 #include "xla_ffi/cuda/courier.h"
 #include "xla_ffi/cuda/fd_exchange.h"
+#include "xla_ffi/cuda/gdr_window.h"
 #include "xla_ffi/cuda/kernels.h"
+#include "xla_ffi/cuda/local_regions.h"
 #include "xla_ffi/cuda/memory.h"
+#include "xla_ffi/cuda/proxy_memory.h"
 #include "xla_ffi/layout.h"
 #include "xla_ffi/registry.h"
 
@@ -27,6 +30,13 @@ struct MemberOptions {
   bool proxies = false;      // some pair of the group's ranks is not like that; the same on all ranks
   bool shares = false;       // some rank that is belongs to another process
   int num_sms = 1;           // blocks of a kernel; the same on all ranks
+  RegionMemory regions = RegionMemory::kAuto;  // of proxied ranks' messages
+};
+
+// What lies where, and why there.
+struct Placed {
+  const char* memory;  // "device", "pinned"
+  std::string why;
 };
 
 struct MemberStats {
@@ -35,6 +45,8 @@ struct MemberStats {
   CourierStats courier;
   size_t device_bytes = 0, pinned_bytes = 0;
   int num_sms = 0;
+  // Where some pair of ranks is proxied: messages, and the words by which the host tells kernels of them.
+  std::optional<Placed> regions, flags;
 };
 
 class Member {
@@ -69,7 +81,9 @@ class Member {
   struct Peer;
 
   void allocate();
+  void map_control();
   void reach(uint32_t rank, const Peer& peer, Clock::time_point deadline);
+  FindSite site_of_peer() const;
   Control control_values();
   HostControl& host() const { return *reinterpret_cast<HostControl*>(pinned_->data()); }
   void release(bool idle);
@@ -83,14 +97,18 @@ class Member {
   const Token token_;
 
   // What kernels use, and what therefore outlives them.
+  ProxyMemory proxy_memory_;  // registered with the group, so that it goes after it
   std::unique_ptr<ExchangeGroup> group_;
   std::shared_ptr<DeviceRegions> regions_;
   std::unique_ptr<DeviceRegions> scratch_;
   std::unique_ptr<PinnedMemory> pinned_;  // HostControl, then the slots of submitted messages
-  std::unique_ptr<PinnedView> host_regions_, host_staging_;
-  std::vector<std::shared_ptr<DeviceRegions>> shared_;      // of ranks in this process
+  std::unique_ptr<PinnedView> host_regions_, host_staging_;  // where proxy_memory_ has none
+  std::unique_ptr<GdrWindow> window_;                        // onto the control block; null: no GDRCopy
+  std::optional<Placed> regions_placed_, flags_placed_;
+  std::vector<LocalRank> shared_;                           // ranks in this process
   std::vector<std::unique_ptr<ImportedRegions>> imported_;  // of ranks in others
-  std::vector<std::byte*> peers_;                           // by rank, as this device sees them
+  std::vector<std::unique_ptr<SiteBookView>> books_;
+  std::vector<std::byte*> peers_;  // by rank, as this device sees them
 
   std::unique_ptr<FdServer> server_;
   std::unique_ptr<Courier> courier_;

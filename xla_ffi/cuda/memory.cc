@@ -109,6 +109,17 @@ OwnedFd DeviceRegions::export_fd() const {
   return OwnedFd(fd);
 }
 
+OwnedFd DeviceRegions::export_dma_buf() const {
+  const OnDevice current(device_);
+  int fd = -1;
+  // Address and size are multiples of the allocation's granularity, so of a page.
+  const auto address = reinterpret_cast<CUdeviceptr>(data());
+  check(Driver::get().export_range(&fd, address, bytes(), CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0),
+        "exporting " + std::to_string(bytes()) + " bytes of CUDA device " + std::to_string(device_) +
+            " as a dma-buf");
+  return OwnedFd(fd);
+}
+
 ImportedRegions::ImportedRegions(int device, const OwnedFd& fd, size_t bytes) {
   const OnDevice current(device);
   check(cudaFree(nullptr), "starting CUDA on device " + std::to_string(device));

@@ -62,6 +62,8 @@ class DeviceRegions {
   void allow(int device) { mapping_.allow(device); }
   // For another process of this host.
   OwnedFd export_fd() const;
+  // All of it for NICs, as a dma-buf. Throws kFabric.
+  OwnedFd export_dma_buf() const;
 
  private:
   int device_;

@@ -28,16 +28,33 @@ namespace nb = nanobind;
 namespace pplx::moe::cuda {
 namespace {
 
+RegionMemory region_memory(const std::string& wanted) {
+  if (wanted == "auto") return RegionMemory::kAuto;
+  if (wanted == "device") return RegionMemory::kDevice;
+  if (wanted == "pinned") return RegionMemory::kPinned;
+  throw Error(ErrorKind::kInvalidArgument, "regions in '" + wanted + "' memory: auto, device or pinned");
+}
+
+nb::dict placed_dict(const Placed& placed) {
+  nb::dict out;
+  out["memory"] = placed.memory;
+  out["why"] = placed.why;
+  return out;
+}
+
 // Python's handle to one device's membership. The registry holds the member until close().
 class MemberHandle {
  public:
   MemberHandle(int64_t group, int32_t device, const MoeShape& shape, const GroupConfig& config,
-               std::vector<bool> nvlink, bool proxies, bool shares, int num_sms)
+               std::vector<bool> nvlink, bool proxies, bool shares, int num_sms, const std::string& regions)
       : group_(group), device_(device) {
     nb::gil_scoped_release release;
-    member_ = std::make_shared<Member>(
-        group, device, shape, config,
-        MemberOptions{.nvlink = std::move(nvlink), .proxies = proxies, .shares = shares, .num_sms = num_sms});
+    member_ = std::make_shared<Member>(group, device, shape, config,
+                                       MemberOptions{.nvlink = std::move(nvlink),
+                                                     .proxies = proxies,
+                                                     .shares = shares,
+                                                     .num_sms = num_sms,
+                                                     .regions = region_memory(regions)});
   }
   ~MemberHandle() {
     nb::gil_scoped_release release;
@@ -95,6 +112,8 @@ class MemberHandle {
     out["device_bytes"] = stats.device_bytes;
     out["pinned_bytes"] = stats.pinned_bytes;
     out["num_sms"] = stats.num_sms;
+    if (stats.regions) out["regions"] = placed_dict(*stats.regions);
+    if (stats.flags) out["flags"] = placed_dict(*stats.flags);
     if (const CourierStats& courier = stats.courier; courier.exchanges != 0) {
       const auto mean = [&](uint64_t ns) { return 1e-9 * ns / courier.exchanges; };
       nb::dict times;
@@ -152,10 +171,11 @@ NB_MODULE(_cuda, m) {
   // The connector lives as long as the process, on purpose.
   nb::set_leak_warnings(false);
   nb::class_<MemberHandle>(m, "Member")
-      .def(nb::init<int64_t, int32_t, const MoeShape&, const GroupConfig&, std::vector<bool>, bool, bool,
-                    int>(),
+      .def(nb::init<int64_t, int32_t, const MoeShape&, const GroupConfig&, std::vector<bool>, bool, bool, int,
+                    const std::string&>(),
            nb::arg("group"), nb::arg("device"), nb::arg("shape"), nb::arg("config"), nb::kw_only(),
-           nb::arg("nvlink"), nb::arg("proxies"), nb::arg("shares"), nb::arg("num_sms"))
+           nb::arg("nvlink"), nb::arg("proxies"), nb::arg("shares"), nb::arg("num_sms"),
+           nb::arg("regions") = "auto")
       .def("endpoint", &MemberHandle::endpoint)
       .def("connect", &MemberHandle::connect)
       .def("publish", &MemberHandle::publish)
