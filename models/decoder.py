@@ -53,6 +53,30 @@ class LayerReport:
     ok: jax.Array
 
 
+def check_tokens(config: DecoderConfig, tokens: Any, length: int) -> None:
+    """Whether these are tokens, and as many fit a model's context.
+
+    Args:
+      config: of the model.
+      tokens: integers [B, S].
+      length: tokens of each sequence in all, with those to come.
+
+    Raises:
+      ModelError: they aren't, or don't.
+    """
+    if getattr(tokens, "ndim", None) != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        what = f"{tokens.dtype} {list(tokens.shape)}" if hasattr(tokens, "dtype") else type(tokens).__name__
+        raise ModelError(f"tokens must be integers [B, S], got {what}")
+    if 0 in tokens.shape:
+        raise ModelError(f"tokens must be at least one sequence of one token, got {list(tokens.shape)}")
+    limit = config.max_position_embeddings
+    if length > limit:
+        raise ModelError(
+            f"{length} tokens exceed the model's context of {limit} (max_position_embeddings): "
+            f"shorten the prompt or max_new_tokens"
+        )
+
+
 class Block(nnx.Module):  # type: ignore[misc]
     """Attention, then an MLP or experts, each on the normalised residual stream.
 
@@ -169,33 +193,12 @@ class Decoder(nnx.Module):  # type: ignore[misc]
           ModelError: tokens have another shape or dtype, or are more than the model's context.
         """
         if isinstance(tokens, jax.core.Tracer):
-            self.check_tokens(tokens, tokens.shape[1] if tokens.ndim == 2 else 0)
+            check_tokens(self.config, tokens, tokens.shape[1] if tokens.ndim == 2 else 0)
             logits, _, _ = self.step(tokens, None, 0)
             return logits
         from pplx_jax.models.programs import Programs  # a compiled step needs this module
 
         return Programs.of(self).forward(self, tokens)
-
-    def check_tokens(self, tokens: Any, length: int) -> None:
-        """Whether these are tokens, and as many fit the context.
-
-        Args:
-          tokens: integers [B, S].
-          length: tokens of each sequence in all, with those to come.
-        """
-        if getattr(tokens, "ndim", None) != 2 or not np.issubdtype(tokens.dtype, np.integer):
-            what = (
-                f"{tokens.dtype} {list(tokens.shape)}" if hasattr(tokens, "dtype") else type(tokens).__name__
-            )
-            raise ModelError(f"tokens must be integers [B, S], got {what}")
-        if 0 in tokens.shape:
-            raise ModelError(f"tokens must be at least one sequence of one token, got {list(tokens.shape)}")
-        limit = self.config.max_position_embeddings
-        if length > limit:
-            raise ModelError(
-                f"{length} tokens exceed the model's context of {limit} (max_position_embeddings): "
-                f"shorten the prompt or max_new_tokens"
-            )
 
     def caches(self, batch: int, length: int) -> list[LayerCache]:
         """Empty caches of all layers for ``length`` tokens of each of ``batch`` sequences."""

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pplx_jax.models.decoder import Decoder, LayerReport
+from pplx_jax.models.config import DecoderConfig
+from pplx_jax.models.decoder import Decoder, LayerReport, check_tokens
 from pplx_jax.models.errors import ModelError
 from pplx_jax.models.programs import Programs
 
@@ -41,6 +42,20 @@ class Progress:
 def _check(name: str, value: Any, kinds: tuple[type, ...], good: bool, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds) or not good:
         raise ModelError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_prompt(config: DecoderConfig, prompt: np.ndarray[Any, Any], max_new_tokens: int) -> None:
+    """Whether a model of this configuration can continue a prompt [B, S] by so many tokens.
+
+    Raises:
+      ModelError: the prompt isn't tokens of its vocabulary, or they are too many; says what to do.
+    """
+    check_tokens(config, prompt, prompt.shape[1] + max_new_tokens if prompt.ndim == 2 else 0)
+    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
+        raise ModelError(
+            f"tokens must be from 0 to {config.vocab_size - 1}, got {prompt.min()} to {prompt.max()}: "
+            f"do they come from this model's tokenizer?"
+        )
 
 
 def stream(
@@ -76,12 +91,7 @@ def stream(
     _check("top_p", top_p, number, 0 < top_p <= 1, "above 0 and at most 1")
     _check("prefill_chunk", prefill_chunk, (int,), True, "an int of at least 1")
     _check("prefill_chunk", prefill_chunk, (int,), prefill_chunk >= 1, "an int of at least 1")
-    model.check_tokens(prompt, prompt.shape[1] + max_new_tokens if prompt.ndim == 2 else 0)
-    if prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
-        raise ModelError(
-            f"tokens must be from 0 to {model.config.vocab_size - 1}, got {prompt.min()} to {prompt.max()}: "
-            f"do they come from this model's tokenizer?"
-        )
+    check_prompt(model.config, prompt, max_new_tokens)
     needed = prompt.shape[1] + max_new_tokens
     if cache_length is not None and cache_length < needed:
         raise ModelError(

@@ -48,6 +48,14 @@ class LoadProgress:
     path: str
 
 
+def _dtype(dtype: Any) -> np.dtype[Any]:
+    try:
+        found: np.dtype[Any] = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ModelError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}") from error
+    return found
+
+
 def placement_of(
     config: DecoderConfig,
     mesh: Mesh | None,
@@ -74,10 +82,7 @@ def placement_of(
     Raises:
       ModelError: the mesh doesn't fit the model.
     """
-    try:
-        compute = jnp.dtype(dtype)
-    except TypeError as error:
-        raise ModelError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}") from error
+    compute = _dtype(dtype)
     if compute.name not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"dtype must be float32, bfloat16 or float16, got {compute.name}")
     if mesh is None:
@@ -171,6 +176,22 @@ def from_arrays(
     return model
 
 
+def read_config(path: str | os.PathLike[str]) -> tuple[Family, DecoderConfig, dict[str, Any]]:
+    """Family, configuration and config.json of a checkpoint's folder.
+
+    Raises:
+      CheckpointError: there is no such folder or file.
+      ModelError: an unknown architecture, or one of its fields isn't supported.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: give the folder of a Hugging Face checkpoint")
+    raw = read_json(folder / "config.json")
+    family = family_of(raw)
+    config: DecoderConfig = family.from_hf(raw)
+    return family, config, raw
+
+
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
@@ -199,13 +220,9 @@ def from_pretrained(
       ModelError: an unknown architecture, or a mesh that doesn't fit the model.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder: give the folder of a Hugging Face checkpoint")
-    raw = read_json(folder / "config.json")
-    family = family_of(raw)
-    config: DecoderConfig = family.from_hf(raw)
+    family, config, raw = read_config(folder)
     block = block_of(raw)
-    keep = dtype is not None and jnp.dtype(dtype) == FLOAT8
+    keep = dtype is not None and _dtype(dtype) == FLOAT8
     if keep and block is None:
         raise ModelError(
             f"dtype=float8_e4m3fn keeps float8 weights, but {folder} has none: give another dtype"
@@ -219,6 +236,9 @@ def from_pretrained(
     with Checkpoint(folder) as checkpoint:
         sources = _with_scales(family, config, leaves, fused=is_fused(checkpoint.tensors))
         _check_tensors(checkpoint, family.ignored(config), sources, leaves, block)
+        if placement.ep is not None and jax.process_count() > 1:
+            # Now, as processes don't end reading together, and connecting has a time limit.
+            placement.ep.connect()
         loaded = []
         for number, (name, where, leaf) in enumerate(leaves):
             reader = _Reader(checkpoint, sources[name], leaf.shape, np.dtype(leaf.dtype), block)

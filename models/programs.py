@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from pplx_jax.models.cache import LayerCache
-from pplx_jax.models.decoder import Decoder, LayerReport
+from pplx_jax.models.decoder import Decoder, LayerReport, check_tokens
 from pplx_jax.models.errors import ModelError
 from pplx_jax.models.sampling import sample
 
@@ -87,7 +87,7 @@ class Programs:
         """Logits float32 [B, S, V] of tokens [B, S], on every device."""
         if not isinstance(tokens, jax.Array):
             tokens = np.asarray(tokens)
-        model.check_tokens(tokens, tokens.shape[1] if tokens.ndim == 2 else 0)
+        check_tokens(model.config, tokens, tokens.shape[1] if tokens.ndim == 2 else 0)
         most = self.placement.longest(tokens.shape[0])
         if most is not None and self.placement.ep is not None and tokens.shape[1] > most:
             needed = -(-tokens.size // self.placement.size("dp", "ep"))

@@ -83,7 +83,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     architectures = ", ".join(map(str, config.get("architectures") or ())) or "none"
     raise ModelError(
         f"config.json has model_type={kind!r} (architectures: {architectures}), which is not supported; "
-        f"supported are {', '.join(FAMILIES)}"
+        f"supported are {', '.join(FAMILIES)}: give a checkpoint of one of these"
     )
 
 

@@ -68,7 +68,7 @@ def generate(
             raise typer.BadParameter("--coordinator needs --num-processes and --process-id")
         job = implementation.Job(coordinator, num_processes, process_id)
     try:
-        numbers = None if tokens is None else tuple(int(token) for token in tokens.split(","))
+        numbers = None if tokens is None else implementation.parse_tokens(tokens)
         axes = implementation.parse_mesh(mesh)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

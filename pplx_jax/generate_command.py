@@ -22,7 +22,6 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
@@ -32,6 +31,7 @@ from rich.table import Table
 
 from pplx_jax.demo import _child_environment, _free_port
 from pplx_jax.demo_rank import die_with_parent
+from pplx_jax.errors import FabricError, PplxError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,6 +96,17 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
+def parse_tokens(text: str) -> tuple[int, ...]:
+    """ "1,15,7" as numbers.
+
+    Raises:
+      ValueError: it reads otherwise.
+    """
+    if re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", text) is None:
+        raise ValueError(f"tokens must be numbers such as 1,15,7, got {text!r}")
+    return tuple(int(part) for part in text.split(","))
+
+
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher that ``jax.distributed`` knows started this process as one of several."""
 
@@ -145,7 +156,14 @@ def _guarded(options: Options, job: Job | None) -> int:
     """Runs in this process; what the user can do something about is said in a line."""
     try:
         work(options, job)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except FabricError as error:
+        print(
+            f"generate: {error}; `python -m pplx_jax doctor` shows which fabrics work here",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+    except (PplxError, ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
@@ -218,6 +236,8 @@ def work(options: Options, job: Job | None) -> None:
     from jax.sharding import Mesh
 
     from pplx_jax.models import from_pretrained
+    from pplx_jax.models.generation import check_prompt
+    from pplx_jax.models.loading import read_config
     from pplx_jax.models.tokenizer import TextStream, load_tokenizer
 
     first = jax.process_index() == 0
@@ -228,6 +248,9 @@ def work(options: Options, job: Job | None) -> None:
         prompt = tokenizer.encode(options.prompt)
     else:
         prompt = list(options.tokens or ())
+    # Before minutes of loading.
+    config = read_config(options.path)[1]
+    check_prompt(config, np.asarray([prompt], np.int64), options.max_new_tokens)
     mesh = None
     if options.mesh:
         devices = np.array(jax.devices())
@@ -246,6 +269,8 @@ def work(options: Options, job: Job | None) -> None:
         extra["exchange"] = {"fabric": options.fabric}
     with _LoadingBar(console) as bar:
         model = from_pretrained(options.path, mesh=mesh, dtype=options.dtype, progress=bar.update, **extra)
+    if model.placement.ep is not None:
+        model.placement.ep.connect()  # here errors have their types
     stream = TextStream(tokenizer) if tokenizer is not None else None
 
     def show(token: int) -> None:
@@ -253,7 +278,7 @@ def work(options: Options, job: Job | None) -> None:
             print(stream.add(token) if stream is not None else f"{token} ", end="", flush=True)
 
     try:
-        seen = _continue(model, np.asarray([prompt]), options, show)
+        seen = _continue(model, np.asarray([prompt], np.int64), options, show)
         if first:
             print(stream.end() if stream is not None else "", flush=True)
         console.print(seen.summary())
@@ -274,7 +299,6 @@ class _LoadingBar:
             TextColumn("loading"),
             BarColumn(),
             MofNCompleteColumn(),
-            DownloadColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
@@ -282,11 +306,12 @@ class _LoadingBar:
         self._task = self._progress.add_task("", total=None, note="")
 
     def __enter__(self) -> _LoadingBar:
-        self._progress.start()
         return self
 
     def update(self, seen: LoadProgress) -> None:
-        note = f"{seen.bytes_read / 1e9:.2f} GB read, {seen.path}"
+        # Not before there is something to load: what is wrong until then is said without a bar.
+        self._progress.start()
+        note = f"{_bytes(seen.bytes_read)} read, {seen.path}"
         self._progress.update(self._task, total=seen.total, completed=seen.done, note=note)
 
     def __exit__(self, *error: object) -> None:
@@ -325,6 +350,7 @@ class _Seen:
 
     def tables(self, model: Decoder) -> list[Table]:
         ranks = model.placement.size("ep")
+        row = _row_bytes(model)
         layers = Table(
             title=f"dispatch and combine, {self.steps} steps on {ranks} ranks", title_justify="left"
         )
@@ -333,6 +359,7 @@ class _Seen:
             "choices",
             "rows sent",
             "rows saved",
+            *(("dispatched", "combined") if row else ()),
             "busiest expert",
             "busiest rank",
             "dropped",
@@ -348,6 +375,7 @@ class _Seen:
                 str(choices),
                 str(total["copies"]),
                 f"{1 - total['copies'] / max(choices, 1):.0%}",
+                *(_bytes(total["copies"] * size) for size in row),
                 f"{loads.max() / max(loads.mean(), 1e-9):.1f} x mean",
                 f"{by_rank.max() / max(by_rank.mean(), 1e-9):.2f} x mean",
                 str(total["dropped"]),
@@ -356,6 +384,18 @@ class _Seen:
         if model.placement.ep is not None:
             found.append(_peer_table(model.placement.ep.stats()))
         return found
+
+
+def _row_bytes(model: Decoder) -> tuple[int, ...]:
+    """Of a row that dispatch sends, and of one that combine does; nothing without a group."""
+    if model.placement.ep is None:
+        return ()
+    config = model.placement.ep.config
+    scales = config.num_scales * config.scale_dtype.itemsize if config.scale_dtype else 0
+    return (
+        config.hidden * config.token_dtype.itemsize + scales,
+        config.hidden * config.combine_dtype.itemsize,
+    )
 
 
 def _peer_table(stats: dict[str, Any]) -> Table:
@@ -368,12 +408,19 @@ def _peer_table(stats: dict[str, Any]) -> Table:
                 str(number),
                 str(peer),
                 str(own["exchanges"]),
-                f"{seen['sent_bytes'] / 1e6:.2f} MB",
-                f"{seen['received_bytes'] / 1e6:.2f} MB",
+                _bytes(seen["sent_bytes"]),
+                _bytes(seen["received_bytes"]),
                 _microseconds(seen.get("mean_wait_seconds")),
                 _microseconds(seen.get("longest_wait_seconds")),
             )
     return table
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} KB"
 
 
 def _microseconds(seconds: float | None) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,8 +14,10 @@ import sys
 import numpy as np
 import pytest
 from models_hf import VOCAB, build, compute
+from typer.testing import CliRunner
 
 from pplx_jax import generate_command, plan
+from pplx_jax.__main__ import app
 from pplx_jax.models.errors import ModelError
 from pplx_jax.models.registry import PUBLISHED
 
@@ -138,6 +142,59 @@ def test_mesh_argument():
     for bad in ("ep", "ep=0", "ep=4,ep=2", "ep=-1"):
         with pytest.raises(ValueError, match="mesh must read like ep=4"):
             generate_command.parse_mesh(bad)
+
+
+def _spoil(change):
+    def spoil(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+def _edit(**changes):
+    def spoil(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil, arguments, what",
+    [
+        (_edit(model_type="llama"), [], "'llama'.* is not supported; .*: give a checkpoint of one of these"),
+        (_spoil(lambda data: data[:-1000]), [], "is truncated: tensor .*: download the file again"),
+        (_spoil(lambda data: data[:8] + b"?" + data[9:]), [], "corrupt header .*: download the file again"),
+        (None, ["--mesh", "ep=3"], "ep=3, which doesn't divide the model's 8 experts: choose one of 1, 2, 4"),
+        (None, ["--mesh", "ep=2,pp=2"], "axis 'pp'; models know dp, ep and tp: rename or drop it"),
+        (None, ["--mesh", "4"], "mesh must read like ep=4"),
+        # Said before anything is loaded: the weights are spoiled.
+        (
+            _spoil(lambda data: b""),
+            ["--max-new-tokens", "300"],
+            "302 tokens exceed the model's context of 256 .*: shorten the prompt or max_new_tokens",
+        ),
+        (_spoil(lambda data: b""), ["--tokens", "1,200"], "tokens must be from 0 to 127, got 1 to 200"),
+        (None, ["--tokens", "1;2"], "tokens must be numbers such as 1,15,7, got '1;2'"),
+        (None, ["--dtype", "int3"], "dtype must be float32, bfloat16 or float16, got 'int3'"),
+        (None, ["--top-p", "3"], "top_p must be above 0 and at most 1, got 3.0"),
+        (None, ["--fabric", "carrier pigeon", "--mesh", "ep=1"], "'carrier pigeon'.* doctor` shows which"),
+    ],
+)
+def test_bad_input(reference, tmp_path, spoil, arguments, what):
+    """One sentence that says what to do, and no trace of where it was found out."""
+    folder = tmp_path / "copy"
+    shutil.copytree(reference.folder, folder)
+    if spoil is not None:
+        spoil(folder)
+    if "--tokens" not in arguments:
+        arguments = [*arguments, "--tokens", "1,2"]
+    result = CliRunner(env={"COLUMNS": "500"}).invoke(app, ["generate", str(folder), *arguments])
+    assert result.exit_code in (1, 2), result.output
+    assert isinstance(result.exception, SystemExit)
+    assert re.search(what, result.output), result.output
+    assert "Traceback" not in result.output
 
 
 def test_generate_says_what_is_wrong(tmp_path, capsys):
