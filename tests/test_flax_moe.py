@@ -190,6 +190,24 @@ def test_group_equals_dense(
     check_group(mesh_of(**axes), experts, shape, options, config)
 
 
+def test_the_shared_expert_runs_between_the_halves() -> None:
+    params, x = make_params(8, shared_experts=1), jnp.ones((16, H))
+
+    def program(ep: Any, *, overlap: bool) -> str:
+        config = MoEConfig(top_k=2, overlap_shared=overlap)
+        return str(jax.make_jaxpr(lambda p, x: moe(p, x, config, ep=ep)[0])(params, x))
+
+    with group(mesh_of(ep=4), 8, 2, tokens=4) as ep:
+        text = program(ep, overlap=True)
+        between = text[text.index("pplx_dispatch_send") : text.index("pplx_dispatch_recv")]
+        assert between.count("dot_general") >= 3
+        assert "pplx_dispatch_send" not in program(ep, overlap=False)
+    with group(mesh_of(ep=4), 8, 2, tokens=4, chunk=3) as ep:  # halves go in one round
+        assert "pplx_dispatch_send" not in program(ep, overlap=True)
+    with pytest.raises(TypeError, match="overlap_shared must be a bool"):
+        MoEConfig(top_k=1, overlap_shared=1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("axes, experts, shape", [({"ep": 4}, 8, (8, 2, H)), ({"dp": 2, "ep": 2}, 5, (7, H))])
 def test_group_on_explicit_axes(axes: dict[str, int], experts: int, shape: tuple[int, ...]) -> None:
     check_group(mesh_of(explicit=True, **axes), experts, shape, {}, MoEConfig(top_k=2))
