@@ -203,8 +203,9 @@ class ExchangeConfig:
 
         On GPUs the ``regions`` lie in device memory, with 64 bytes more for each of their
         ``2 * depth * num_ranks * chunk`` slots and a few MiB of scratch. Where ranks are reached by the host,
-        twice as much as ``regions`` is pinned host memory on top, in place of ``staging``. What a group has
-        allocated is in ``ExpertParallel.stats()["memory"]``.
+        twice as much as ``regions`` comes on top, in place of ``staging``: pinned host memory, or device
+        memory where the NICs reach it. What a group has allocated is in
+        ``ExpertParallel.stats()["memory"]``.
         """
         num_ranks = _integer("num_ranks", num_ranks, 1, MAX_RANKS)
         if experts_per_rank is not None:

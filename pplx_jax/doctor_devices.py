@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pplx_jax import topology
+from pplx_jax import environment, topology
 from pplx_jax.errors import PplxError
 
 Found = Callable[[Literal["error", "warning"], str, str], None]
@@ -56,7 +56,9 @@ def examine_gpudirect(
     gdrcopy: dict[str, Any] = {"device": (root / "dev/gdrdrv").exists()}
     gdrcopy["module"] = _text(root / "sys/module/gdrdrv/version") or gdrcopy["device"]
     gdrcopy["library"] = False
-    for name in ("libgdrapi.so.2", "libgdrapi.so"):
+    wanted = _wanted_gdrcopy()
+    gdrcopy["off"] = wanted == "off"
+    for name in () if gdrcopy["off"] else (wanted,) if wanted else ("libgdrapi.so.2", "libgdrapi.so"):
         with contextlib.suppress(OSError):
             load(name)
             gdrcopy["library"] = True
@@ -70,13 +72,20 @@ def examine_gpudirect(
                 "modprobe nvidia_peermem, or install NVIDIA's open kernel modules, whose dma-buf needs Linux "
                 "5.12",
             )
-        if not (gdrcopy["device"] and gdrcopy["library"]):
+        if not (gdrcopy["off"] or (gdrcopy["device"] and gdrcopy["library"])):
             found(
                 "warning",
                 "GDRCopy is not there: the host tells GPUs through pinned memory, about a microsecond slower",
                 "install gdrcopy (its module gdrdrv and libgdrapi.so.2)",
             )
     return {"peermem": module, "dma_buf": dma_buf, "cuda": attributes, "gdrcopy": gdrcopy}
+
+
+def _wanted_gdrcopy() -> str | None:
+    """PPLX_GDRCOPY; a value that makes no sense is told with the other variables."""
+    with contextlib.suppress(ValueError):
+        return environment.gdrcopy()
+    return None
 
 
 def _text(path: Path) -> str:
@@ -128,7 +137,7 @@ def show_topology(report: dict[str, Any], console: Console) -> None:
     direct = report["gpudirect"]
     dma_buf = {True: "yes", False: "no", None: "unknown"}[direct["dma_buf"]]
     copy = direct["gdrcopy"]
-    state = "yes" if copy["device"] and copy["library"] else "no"
+    state = "off" if copy["off"] else "yes" if copy["device"] and copy["library"] else "no"
     console.print(
         f"GPUDirect RDMA: dma-buf {dma_buf}, peermem {direct['peermem'] or 'no'}. GDRCopy: {state}."
     )

@@ -17,6 +17,7 @@ from pplx_jax.interfaces import interfaces, select
 
 DEFAULT_TIMEOUT = 30.0
 LOG_LEVELS = ("debug", "info", "warn", "error", "off")
+GPU_REGIONS = ("auto", "device", "pinned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,18 @@ VARIABLES = (
         "PPLX_HWLOC",
         "The hwloc to load, a path or a name for the dynamic loader; no other is tried",
         "the system's `libhwloc.so.15`; without one, nearness is unknown",
+    ),
+    Variable(
+        "PPLX_GPU_REGIONS",
+        "Where messages of GPUs lie that go by the host: `device`, in GPU memory, which NICs must reach; "
+        "`pinned`, in host memory; `auto`, in GPU memory where it can be. Ranks may differ",
+        "`auto`",
+    ),
+    Variable(
+        "PPLX_GDRCOPY",
+        "The library of GDRCopy to load, a path or a name for the dynamic loader, no other is tried; `off`: "
+        "none. Through it the host tells GPUs what has arrived",
+        "the system's `libgdrapi.so.2`; without one, through pinned memory",
     ),
     Variable(
         "PPLX_TIMEOUT",
@@ -156,6 +169,19 @@ def hwloc() -> str | None:
     return _file("PPLX_HWLOC", "libhwloc.so.15")
 
 
+def gpu_regions() -> str:
+    """PPLX_GPU_REGIONS, or "auto"."""
+    where = _get("PPLX_GPU_REGIONS") or "auto"
+    if where not in GPU_REGIONS:
+        raise ValueError(f"PPLX_GPU_REGIONS: must be one of {', '.join(GPU_REGIONS)}, is {where!r}")
+    return where
+
+
+def gdrcopy() -> str | None:
+    """PPLX_GDRCOPY; the C++ side reads the same variable, and says why a library cannot be loaded."""
+    return _file("PPLX_GDRCOPY", "libgdrapi.so.2, or off")
+
+
 def nics() -> tuple[str, ...]:
     """PPLX_NICS; whether they exist, the provider says."""
     text = _get("PPLX_NICS")
@@ -197,6 +223,8 @@ PARSERS: tuple[Callable[[], object], ...] = (
     cores,
     topology,
     hwloc,
+    gpu_regions,
+    gdrcopy,
     timeout,
     log_level,
 )

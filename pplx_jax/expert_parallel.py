@@ -465,8 +465,10 @@ class ExpertParallel:
             rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``
             and ``longest_wait_seconds`` for an exchange; on GPUs ``transport`` ("nvlink" or "proxy") too, and
             no waits; the rank's ``device_bytes``, ``pinned_bytes`` and ``num_sms``, and where messages go by
-            the host ``courier``: its ``exchanges``, ``mean_posting_seconds`` that it took from a kernel's
-            submission until all was posted, and ``mean_arrival_seconds`` until all was here;
+            the host ``regions`` and ``flags``, which lie in "device" or "pinned" ``memory``, and ``why`` (the
+            messages themselves, and the words by which the host tells kernels of them), and ``courier``: its
+            ``exchanges``, ``mean_posting_seconds`` that it took from a kernel's submission until all was
+            posted, and ``mean_arrival_seconds`` until all was here;
             ``slowest``: the rank that was waited for longest: ``rank`` and, with further mesh axes,
             ``slice``, ``process``, ``seconds`` in all and ``longest`` for one exchange; None where nobody was
             waited for, as on the slowest rank itself;

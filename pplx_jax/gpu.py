@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
-from pplx_jax import plugins, topology
+from pplx_jax import environment, plugins, topology
 from pplx_jax.engine_types import library_folders
 from pplx_jax.errors import FabricError
 
@@ -143,4 +143,8 @@ def open_member(
     group: int, device: jax.Device, shape: _core.MoeShape, config: _core.GroupConfig, **arguments: Any
 ) -> _cuda.Member:
     """One GPU's membership in a group."""
-    return cast("_cuda.Member", require().Member(group, ordinal(device), shape, config, **arguments))
+    found = require()
+    regions = environment.gpu_regions()
+    return cast(
+        "_cuda.Member", found.Member(group, ordinal(device), shape, config, **arguments, regions=regions)
+    )

@@ -252,8 +252,19 @@ def test_gpudirect(tmp_path, monkeypatch):
     (tmp_path / "dev/gdrdrv").touch()
     direct = doctor_devices.examine_gpudirect(report, found, tmp_path, lambda name: None)
     assert direct["peermem"] == "nvidia_peermem"
-    assert direct["gdrcopy"] == {"device": True, "module": "2.4", "library": True}
+    assert direct["gdrcopy"] == {"device": True, "module": "2.4", "library": True, "off": False}
     assert not problems
+
+    loaded = []
+    monkeypatch.setenv("PPLX_GDRCOPY", "libmine.so")
+    doctor_devices.examine_gpudirect(report, found, tmp_path, loaded.append)
+    assert loaded == ["libmine.so"]
+    monkeypatch.setenv("PPLX_GDRCOPY", "off")
+    direct = doctor_devices.examine_gpudirect(report, found, tmp_path, loaded.append)
+    assert direct["gdrcopy"]["off"]
+    assert not direct["gdrcopy"]["library"]
+    assert not problems
+    monkeypatch.delenv("PPLX_GDRCOPY")
 
     monkeypatch.setattr(doctor_devices.topology, "cuda_attributes", lambda: [{"dma_buf": 1}])
     assert doctor_devices.examine_gpudirect(report, found, tmp_path / "empty", lambda name: None)["dma_buf"]

@@ -41,6 +41,8 @@ def group(ranks=2, **options):
         ("PPLX_CORES", "5-3", "ranges of cores such as"),
         ("PPLX_TOPOLOGY", "/no/such.xml", "there is no file"),
         ("PPLX_HWLOC", "/no/such.so", "there is no file"),
+        ("PPLX_GDRCOPY", "/no/such.so", "there is no file '/no/such.so'; give the path of .*, or off"),
+        ("PPLX_GPU_REGIONS", "hbm", "one of auto, device, pinned, is 'hbm'"),
         ("PPLX_SOCKET_IFNAME", "^", "names separated by commas"),
         ("PPLX_SOCKET_IFNAME", "eth,", "names separated by commas"),
         ("PPLX_SOCKET_IFNAME", "nosuch", r"fits 'nosuch'; there are .*lo \(127\.0\.0\.1\)"),
@@ -66,7 +68,8 @@ def test_nothing_else_is_read():
     """Every PPLX_ variable that the sources read is in the table."""
     root = Path(environment.__file__).parent
     read = set()
-    for path in (*root.glob("*.py"), *root.parent.glob("proxy/**/*.cc"), *root.parent.glob("xla_ffi/*.cc")):
+    sources = ("proxy/**/*.cc", "xla_ffi/*.cc", "xla_ffi/cuda/*.cc")
+    for path in (*root.glob("*.py"), *(path for pattern in sources for path in root.parent.glob(pattern))):
         read |= set(re.findall(r'(?:_get|getenv|environ\.get|environ\[)\W*"?(PPLX_\w+)"', path.read_text()))
     assert read == {variable.name for variable in environment.VARIABLES}
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -74,6 +75,16 @@ class Rank {
   cudaStream_t stream() const { return stream_.get(); }
   std::byte* regions() const { return regions_.as(); }
   HostControl& host() const { return *host_.as<HostControl>(); }
+  // What kernels found wrong; empty: nothing.
+  std::string trouble() const {
+    for (const FaultRecord* fault : {&host().failure, &host().data_error}) {
+      if (fault->complete == 0) continue;
+      return "fault " + std::to_string(static_cast<int>(fault->fault)) + " of exchange " +
+             std::to_string(fault->exchange) + ", kind " + std::to_string(fault->kind) + ", culprit " +
+             std::to_string(fault->culprit) + ", detail " + std::to_string(fault->detail[0]);
+    }
+    return "";
+  }
   uint32_t& host_slots(uint32_t lane, int destination) const {
     return host_slots_.as<uint32_t>()[lane * shape_.num_ranks + destination];
   }

@@ -261,10 +261,11 @@ inline void forgive_rounding(Outputs& got, const Outputs& want, const Problem& p
   }
 }
 
-// Steps of all ranks of a cluster.
-class Steps {
+// Steps of all ranks of a cluster, which may be a Cluster or a MemberCluster.
+template <typename AnyCluster>
+class StepsOf {
  public:
-  Steps(Cluster& cluster, const std::vector<Inputs>& inputs) : cluster_(cluster), inputs_(inputs) {
+  StepsOf(AnyCluster& cluster, const std::vector<Inputs>& inputs) : cluster_(cluster), inputs_(inputs) {
     cluster.each([&](int rank) {
       steps_.push_back(std::make_unique<DeviceStep>(cluster.problem(), cluster[rank].shape(), inputs[rank]));
     });
@@ -358,11 +359,7 @@ class Steps {
       forgive_rounding(got, wanted()[rank], cluster_.problem(), inputs_[rank].weighted);
       expect_equal(got, wanted()[rank], text);
       EXPECT_FALSE(steps_[rank]->wrote_past_an_end()) << text;
-      const FaultRecord& failure = cluster_[rank].host().failure;
-      EXPECT_EQ(failure.complete, 0U)
-          << text << ": fault " << static_cast<int>(failure.fault) << " of exchange " << failure.exchange
-          << ", kind " << failure.kind << ", culprit " << failure.culprit << ", detail " << failure.detail[0];
-      EXPECT_EQ(cluster_[rank].host().data_error.complete, 0U) << text;
+      EXPECT_EQ(cluster_[rank].trouble(), "") << text;
       if (::testing::Test::HasFailure()) return;
     }
   }
@@ -373,16 +370,18 @@ class Steps {
     cluster_.sync();
   }
 
-  Cluster& cluster_;
+  AnyCluster& cluster_;
   std::vector<Inputs> inputs_;
   std::vector<std::unique_ptr<DeviceStep>> steps_;
   std::vector<Outputs> wanted_;
 };
+using Steps = StepsOf<Cluster>;
 
 // `count` random steps, each against the oracle.
-inline void check_steps(Cluster& cluster, int count, uint64_t seed, bool split = false) {
+template <typename AnyCluster>
+void check_steps(AnyCluster& cluster, int count, uint64_t seed, bool split = false) {
   for (int i = 0; i < count && !::testing::Test::HasFailure(); ++i) {
-    Steps steps(cluster, random_step(cluster.problem(), seed + i));
+    StepsOf<AnyCluster> steps(cluster, random_step(cluster.problem(), seed + i));
     steps.run(split);
     steps.expect_oracle("step " + std::to_string(i));
   }
