@@ -62,6 +62,7 @@ PUBLISHED: Mapping[str, Callable[[], DecoderConfig]] = {
     "kimi-k2-0905": DeepSeekConfig.kimi_k2_0905,
     "qwen3-30b-a3b": Qwen3MoeConfig.qwen3_30b_a3b,
     "qwen3-235b-a22b": Qwen3MoeConfig.qwen3_235b_a22b,
+    "qwen3-coder-480b-a35b": Qwen3MoeConfig.qwen3_coder_480b_a35b,
     "mixtral-8x7b": MixtralConfig.mixtral_8x7b,
     "mixtral-8x22b": MixtralConfig.mixtral_8x22b,
 }

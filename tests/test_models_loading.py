@@ -422,6 +422,7 @@ def test_published_configurations():
         "kimi-k2": (1026, 32),
         "qwen3-30b-a3b": (30.5, 3.3),
         "qwen3-235b-a22b": (235, 22),
+        "qwen3-coder-480b-a35b": (480, 35),
         "mixtral-8x7b": (46.7, 12.9),
         "mixtral-8x22b": (141, 39),
     }.items():

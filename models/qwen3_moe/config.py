@@ -79,6 +79,22 @@ class Qwen3MoeConfig(GroupedConfig):
             moe_intermediate_size=1536,
         )
 
+    @classmethod
+    def qwen3_coder_480b_a35b(cls) -> Qwen3MoeConfig:
+        """Qwen/Qwen3-Coder-480B-A35B-Instruct. Figures of its config.json."""
+        return dataclasses.replace(
+            cls.qwen3_30b_a3b(),
+            hidden_size=6144,
+            num_hidden_layers=62,
+            num_attention_heads=96,
+            num_key_value_heads=8,
+            intermediate_size=8192,
+            moe_intermediate_size=2560,
+            num_experts=160,
+            max_position_embeddings=262144,
+            rope=Rope(10_000_000.0),
+        )
+
     def is_moe(self, layer: int) -> bool:
         """Whether a layer has experts."""
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
