@@ -1,6 +1,7 @@
 // The simulated fabric itself: that it disorders, pushes back and loses peers as asked.
 #include "proxy/fabric/sim.h"
 
+#include <atomic>
 #include <map>
 #include <thread>
 
@@ -96,6 +97,29 @@ TEST(Sim, OutstandingWritesTimeOut) {
   auto future = a.write_future({source.get(), 0, remote.get(), 0, 8, 1});
   ASSERT_EQ(future.wait_for(5s), std::future_status::ready);
   EXPECT_EQ(kind_of([&] { future.get(); }), ErrorKind::kTimeout);
+}
+
+// Memory that only a copy of the caller's own reaches, as a GPU's.
+TEST(Sim, MovesDeviceMemoryAsTold) {
+  auto config = sim(3);
+  std::atomic<uint64_t> copied = 0;
+  config.sim.copy = [&](void* to, const void* from, size_t bytes) {
+    copied += bytes;
+    std::memcpy(to, from, bytes);
+  };
+  EXPECT_FALSE(TransferEngine(sim(3)).takes_device_memory());
+  TransferEngine a(config), b(config);
+  EXPECT_TRUE(a.takes_device_memory());
+  std::vector<std::byte> from(1000, std::byte{7}), to(1000);
+  auto source = a.register_memory(DeviceMemory{.data = from.data(), .size = from.size()});
+  auto target = b.register_memory(DeviceMemory{.data = to.data(), .size = to.size()});
+  auto remote = a.open(target->descriptor());
+  CompletionCounter done;
+  a.write({source.get(), 100, remote.get(), 200, 500, 1}, &done);
+  b.imm_counter(1).wait(1);
+  EXPECT_EQ(wait_done(a, done, 1), 1u);
+  EXPECT_EQ(copied, 500u);
+  for (size_t i = 0; i < to.size(); ++i) ASSERT_EQ(to[i], std::byte(i >= 200 && i < 700 ? 7 : 0)) << i;
 }
 
 TEST(Sim, CloseFromACallback) {
