@@ -16,6 +16,8 @@ namespace {
 
 constexpr size_t kSendSlots = 64;
 constexpr auto kMaintenance = std::chrono::milliseconds(10);
+// Longer than this between two looks the process was stopped, or had no core: nobody is late for that.
+constexpr auto kAbsent = std::chrono::milliseconds(100);
 constexpr uint32_t kGreetAgain = 1000;   // ms between two greetings of a peer that has to know this engine
 constexpr uint32_t kSuspectAfter = 100;  // ms without a completion before a peer's process is looked at
 constexpr int kFlushPolls = 16;
@@ -100,7 +102,7 @@ size_t EngineCore::poll_locked() {
   if (fabric_closed_) return 0;
   bump(counters_.polls);
   size_t count = 0;
-  if (nics_.size() == 1) [[likely]] {
+  if (nics_.size() == 1 && !nics_[0].down) [[likely]] {
     count = nics_[0].fabric->poll(*this);
   } else {
     for (polling_ = 0; polling_ < nics_.size(); ++polling_) {
@@ -131,12 +133,13 @@ void EngineCore::run_worker() {
   unsigned idle = 0;
   uint64_t foreign = 0;
   Deadline maintained = started_;
+  Duration ran{0};
   while (!closed()) {
     auto now = Clock::now();
     if (now - maintained >= kMaintenance) {
+      ran += std::min<Duration>(now - maintained, kAbsent);
       maintained = now;
-      tick_.store(static_cast<uint32_t>((now - started_) / std::chrono::milliseconds(1)),
-                  std::memory_order_relaxed);
+      tick_.store(static_cast<uint32_t>(ran / std::chrono::milliseconds(1)), std::memory_order_relaxed);
       Locked locked(*this);
       maintain();
     }

@@ -310,7 +310,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
         unknown_immediates{0}, errors{0}, polls{0}, backpressure{0}, reads{0}, read_bytes{0}, retries{0},
         cancelled{0};
   } counters_;
-  std::atomic<uint32_t> tick_{0};           // milliseconds since the start, coarsely
+  std::atomic<uint32_t> tick_{0};           // milliseconds that this process ran since the start, coarsely
   std::atomic<uint64_t> foreign_polls_{0};  // by threads other than the worker
   const Deadline started_ = Clock::now();
 

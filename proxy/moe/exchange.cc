@@ -344,13 +344,7 @@ bool Exchange::here(uint32_t source) const {
 // What ends a wait early: failures and closes of peers, messages that were refused.
 void Exchange::read_news(const std::vector<uint32_t>& missing) {
   group_.read_notices();
-  const ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
-  if (lane.local.failed() != 0) {
-    const auto error = lane.local.error();
-    group_.fail(Error(error->kind(), describe() + ": no message to " + group_.rank_name(lane.refused_by) +
-                                         ": " + error->what()),
-                lane.refused_by);
-  }
+  if (group_.refused()) group_.read_refusals(lane_, describe());
   for (const uint32_t source : missing) {
     const ExchangeGroup::Peer& peer = *group_.peers_[source];
     if (!peer.gone) continue;
@@ -386,7 +380,10 @@ bool Exchange::poll(Patience& patience) {
     if (source != group_.config_.rank && !here(source)) missing.push_back(source);
   }
   const ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
-  if (missing.empty() && lane.local.done() >= lane.posted && lane.local.failed() == 0) return true;
+  if (missing.empty() && lane.local.done() >= lane.posted) {
+    if (lane.local.failed() != 0) read_news(missing);
+    return true;
+  }
   if (++patience.looks % 64 == 0) read_news(missing);
   if (Clock::now() >= deadline()) give_up(missing);
   if (!patience.warned && !missing.empty() && Clock::now() - started_ > kWarnAfter) {

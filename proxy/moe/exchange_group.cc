@@ -378,6 +378,25 @@ void ExchangeGroup::read_notices() {
   }
 }
 
+bool ExchangeGroup::refused() const {
+  return std::any_of(lane_state_.begin(), lane_state_.end(),
+                     [](const auto& lane) { return lane->local.failed() != 0; });
+}
+
+void ExchangeGroup::read_refusals(uint32_t lane, const std::string& where) {
+  for (uint32_t one = 0; one < lanes_; ++one) {
+    if (lane_state_[one]->local.failed() == 0) continue;
+    for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+      const Lane::Sent& sent = lane_state_[one]->sent[rank];
+      // Who has closed needs nothing any more, and may not have acknowledged the last that it got.
+      if (!sent.refused || peers_[rank]->gone) continue;
+      fail(Error(sent.error->kind(), (one == lane ? where : "group '" + config_.name + "'") +
+                                         ": no message to " + rank_name(rank) + ": " + sent.error->what()),
+           rank);
+    }
+  }
+}
+
 void ExchangeGroup::beat() {
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
     const Peer& peer = *peers_[rank];
@@ -425,6 +444,7 @@ void ExchangeGroup::monitor() {
     monitor_->wake.wait_for(lock, interval, [this] { return closed_.load(); });
     if (closed_) break;
     read_notices();
+    if (!failed_ && refused()) read_refusals(lanes_, "");
     const auto now = Clock::now();
     // Beyond twice the interval this process was stopped (SIGSTOP, a suspended machine) or got no core.
     if (!failed_) check_liveness(now, std::max<Duration>(now - before - 2 * interval, Duration(0)));

@@ -179,6 +179,10 @@ class ExchangeGroup {
   // Records the failure unless there is one. Returns whether it is the first.
   bool record_failure(const Error& error, uint32_t culprit);
   void broadcast(const AbortNotice& notice, NoticeSlot slot);
+  // Messages that peers did not take, maybe of exchanges that are over here: fails the group. `lane` is that
+  // of the exchange under way, which `where` describes.
+  void read_refusals(uint32_t lane, const std::string& where);
+  bool refused() const;
   std::byte* region(uint32_t lane, uint32_t source) const;
   // Of the message from `source`, where the CPU can read it.
   std::byte* header_from(uint32_t lane, uint32_t source) const;

@@ -28,25 +28,24 @@ struct ExchangeGroup::Lane {
   // Where the completions of messages to one peer go, so that a refused one tells by whom.
   struct Sent final : CompletionSink {
     Lane* lane = nullptr;
-    uint32_t peer = 0;
-    void complete(const Error* error) noexcept override {
-      uint32_t nobody = kNobody;
-      if (error != nullptr) lane->refused_by.compare_exchange_strong(nobody, peer);
-      lane->local.complete(error);
+    std::optional<Error> error;  // the first, once `refused`
+    std::atomic<bool> refused{false};
+    void complete(const Error* failure) noexcept override {
+      if (failure != nullptr && !refused) {
+        error = *failure;
+        refused = true;
+      }
+      lane->local.complete(failure);
     }
   };
 
   explicit Lane(uint32_t num_ranks) : sent(num_ranks) {
-    for (uint32_t peer = 0; peer < num_ranks; ++peer) {
-      sent[peer].lane = this;
-      sent[peer].peer = peer;
-    }
+    for (Sent& to : sent) to.lane = this;
   }
 
   std::vector<Sent> sent;   // by peer
   CompletionCounter local;  // of everything that was posted from this lane's send buffer
   uint64_t posted = 0;
-  std::atomic<uint32_t> refused_by{kNobody};
 };
 
 }  // namespace pplx::moe
