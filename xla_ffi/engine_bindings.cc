@@ -27,7 +27,7 @@ namespace {
 
 EngineConfig make_config(std::string fabric, int endpoints, std::string bind_address, std::string nic,
                          const std::vector<std::tuple<std::string, std::string>>& nics, int cpu,
-                         double timeout, const nb::dict& sim, const nb::dict& verbs) {
+                         double timeout, const nb::dict& sim, const nb::dict& verbs, std::string job) {
   EngineConfig config;
   config.fabric = std::move(fabric);
   config.endpoints = endpoints;
@@ -46,7 +46,10 @@ EngineConfig make_config(std::string fabric, int endpoints, std::string bind_add
   config.sim.queue_depth = nb::cast<uint32_t>(sim["queue_depth"]);
   config.sim.max_write = nb::cast<uint64_t>(sim["max_write"]);
   config.sim.mutual = nb::cast<bool>(sim["mutual"]);
+  if (sim.contains("fences")) config.sim.fences = nb::cast<bool>(sim["fences"]);
+  if (sim.contains("message_bytes")) config.sim.message_bytes = nb::cast<uint32_t>(sim["message_bytes"]);
   config.verbs = to_verbs_config(verbs);
+  config.job = std::move(job);
   return config;
 }
 
@@ -87,12 +90,13 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](PyEngine* self, std::string fabric, int endpoints, std::string bind_address, std::string nic,
              const std::vector<std::tuple<std::string, std::string>>& nics, int cpu, double timeout,
-             const nb::dict& sim, const nb::dict& verbs) {
+             const nb::dict& sim, const nb::dict& verbs, std::string job) {
             new (self) PyEngine(make_config(std::move(fabric), endpoints, std::move(bind_address),
-                                            std::move(nic), nics, cpu, timeout, sim, verbs));
+                                            std::move(nic), nics, cpu, timeout, sim, verbs, std::move(job)));
           },
           nb::kw_only(), nb::arg("fabric"), nb::arg("endpoints"), nb::arg("bind_address"), nb::arg("nic"),
-          nb::arg("nics"), nb::arg("cpu"), nb::arg("timeout"), nb::arg("sim"), nb::arg("verbs"))
+          nb::arg("nics"), nb::arg("cpu"), nb::arg("timeout"), nb::arg("sim"), nb::arg("verbs"),
+          nb::arg("job") = std::string())
       .def_prop_ro("fabric_name", &PyEngine::fabric_name)
       .def_prop_ro("address", &PyEngine::address)
       .def_prop_ro("max_message", &PyEngine::max_message)

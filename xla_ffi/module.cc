@@ -164,6 +164,12 @@ void bind_group(nb::module_& m) {
              config.engine.bind_address = bind_address;
              config.engine.nic = nic;
            })
+      .def("set_nics",
+           [](GroupConfig& config, const std::vector<std::string>& names) {
+             config.engine.nics.clear();
+             for (const auto& name : names) config.engine.nics.push_back({name, config.engine.bind_address});
+           })
+      .def("set_job", [](GroupConfig& config, std::string token) { config.engine.job = std::move(token); })
       .def("set_near", [](GroupConfig& config, const std::string& device) { config.engine.near = device; })
       .def("set_verbs", [](GroupConfig& config,
                            const nb::dict& options) { config.engine.verbs = to_verbs_config(options); })

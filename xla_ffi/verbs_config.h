@@ -26,7 +26,6 @@ inline VerbsConfig to_verbs_config(const nanobind::dict& options) {
   config.relaxed_ordering = nb::cast<bool>(options["relaxed_ordering"]);
   config.connect_timeout =
       std::chrono::nanoseconds(static_cast<int64_t>(nb::cast<double>(options["connect_timeout"]) * 1e9));
-  config.job = nb::cast<std::string>(options["job"]);
   return config;
 }
 

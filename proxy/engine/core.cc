@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "proxy/engine/doubts.h"
 #include "proxy/engine/pools.h"
 #include "proxy/engine/watch.h"
 #include "proxy/log.h"
@@ -29,7 +30,11 @@ void sleep_for(long nanoseconds) {
 
 }  // namespace
 
-EngineCore::EngineCore(const EngineConfig& config) : config_(config), pools_(std::make_unique<Pools>(*this)) {
+EngineCore::EngineCore(const EngineConfig& config)
+    : config_(config),
+      gpu_writes_(config.cuda),
+      pools_(std::make_unique<Pools>(*this)),
+      doubts_(std::make_unique<Doubts>(*this)) {
   add_nics();
   send_bytes_.resize(kSendSlots * max_message_);
   for (Nic& nic : nics_)
@@ -115,6 +120,7 @@ size_t EngineCore::poll_locked() {
   if (!greetings_.empty()) [[unlikely]]
     answer_greetings();
   pools_->work();
+  doubts_->work();
   if (!words_.empty()) count += look_at_words();
   if (!pending_paths_.empty()) post_pending();
   if (!outgoing_.empty()) flush_messages();
@@ -187,11 +193,15 @@ void EngineCore::maintain() {
     }
   };
   pools_->maintain();
-  for (Peer& peer : peers_) {
+  doubts_->maintain(now, limit);
+  fail_late_messages(now, limit);
+  // By number, here and below: whoever is told of a completion may get to know further peers.
+  for (size_t number = 0; number < peers_.size(); ++number) {
+    Peer& peer = peers_[number];
     fail_late(peer.waiting);
     // A greeting may be lost with its NIC.
     if (!peer.ready && !peer.failed && peer.waiting.front() != nullptr && now - peer.greeted > kGreetAgain) {
-      greet(peer_numbers_.at(peer.address), kHello);
+      greet(static_cast<uint32_t>(number), kHello);
     }
     for (Path& path : peer.paths) {
       Op* oldest = path.posted.front() != nullptr ? path.posted.front() : path.pending.front();
@@ -227,7 +237,7 @@ void EngineCore::close() {
     const Error error(ErrorKind::kClosed, "the TransferEngine was closed before the operation completed");
     fabric_closed_ = true;
     drain();
-    for (Peer& peer : peers_) fail_peer(peer, error);
+    for (size_t number = 0; number < peers_.size(); ++number) fail_peer(peers_[number], error);
     flush_messages();
     close_waiters(error);
     pools_->close(error);

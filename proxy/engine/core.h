@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -19,6 +20,7 @@
 #include "proxy/engine/backoff.h"
 #include "proxy/engine/cores.h"
 #include "proxy/engine/engine.h"
+#include "proxy/engine/gpu_writes.h"
 #include "proxy/engine/imm_table.h"
 #include "proxy/engine/nic.h"
 #include "proxy/engine/op.h"
@@ -28,6 +30,7 @@
 
 namespace pplx {
 
+class Doubts;
 class GroupImpl;
 class PoolImpl;
 class Pools;
@@ -46,6 +49,8 @@ enum MessageType : uint8_t {
   kPoolFilled = 7,
   kPoolTaken = 8,
   kPoolRefused = 9,
+  kAsk = 10,
+  kVerdict = 11,
 };
 
 // A lock that costs one atomic exchange each way: it is taken and released at every write and every poll.
@@ -88,6 +93,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   using Register = std::function<FabricMemory(Fabric&)>;  // with one NIC
   std::shared_ptr<Region> register_memory(void* data, size_t size, const Register& with_nic,
                                           std::shared_ptr<void> keepalive);
+  std::shared_ptr<Region> register_memory(const DeviceMemory& memory, std::shared_ptr<void> keepalive);
   std::shared_ptr<Region> allocate(size_t size);
   void unregister(RegionImpl& region) noexcept;
   void release(const std::array<FabricMemory, kMaxNics>& memories) noexcept;  // locked
@@ -153,6 +159,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   Deadline deadline(std::optional<Duration> timeout) const;
 
  private:
+  friend class Doubts;
   friend class PoolImpl;
   friend class Pools;
   friend class WatchImpl;
@@ -161,6 +168,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
     uint32_t peer;
     Bytes bytes;
     CompletionSink* sink;
+    uint32_t stamp;  // the engine's tick
   };
   class Locked;  // holds the progress lock; may block for it
 
@@ -236,6 +244,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   size_t cancel_waiters(uint64_t id, const Error& error);
   void close_waiters(const Error& error);
 
+  void fail_late_messages(uint32_t now, uint32_t limit);
+  bool first_time(const Bytes& from, uint64_t number);
   void flush_messages();
   void queue_message(uint32_t peer, Bytes bytes, CompletionSink* sink);
   Bytes message_header(uint8_t type) const;
@@ -254,7 +264,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   size_t polling_ = 0;  // the NIC whose fabric reports
   size_t max_message_ = 0, max_write_ = 0, split_above_ = 0;
   bool delivery_complete_ = true, reads_ = true, device_memory_ = true, mutual_ = false;  // of all NICs
-  bool failing_ = false;                                           // one of nics_ is
+  bool failing_ = false;                                                                  // one of nics_ is
   std::string fabric_name_;
   PeerAddress self_;
   Address address_;
@@ -266,6 +276,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   std::atomic<bool> closing_{false};
   std::atomic<bool> close_done_{false};
   bool fabric_closed_ = false;  // locked
+
+  GpuWrites gpu_writes_;  // locked
 
   OpPool pool_;  // locked
   std::mutex shared_pool_mutex_;
@@ -291,6 +303,13 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   std::map<uint64_t, uint32_t> group_generations_;
   std::map<GroupKey, std::weak_ptr<GroupImpl>> groups_;
   std::map<GroupKey, std::map<Bytes, uint64_t, BytesLess>> early_barriers_;  // of groups not yet made here
+  size_t early_notices_ = 0;                                                 // in all of them
+  // Numbers of messages that have come from a sender that may repeat some: all up to `floor`, and `above`.
+  struct Seen {
+    uint64_t floor = 0;
+    std::set<uint64_t> above;
+  };
+  std::map<Bytes, Seen, BytesLess> seen_;
 
   struct MessageWaiter {
     CompletionSink* sink;
@@ -302,6 +321,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   std::atomic<bool> spin_for_words_{false};
   std::atomic<size_t> watching_{0};  // words, and waits that nobody's thread drives
   std::unique_ptr<Pools> pools_;
+  std::unique_ptr<Doubts> doubts_;
   std::unique_ptr<Timeline> timeline_;  // being recorded
   std::unique_ptr<Timeline> recorded_;  // the last one
 

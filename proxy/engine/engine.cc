@@ -21,9 +21,7 @@ std::shared_ptr<Region> TransferEngine::register_memory(void* data, size_t size,
 }
 std::shared_ptr<Region> TransferEngine::register_memory(const DeviceMemory& memory,
                                                         std::shared_ptr<void> keepalive) {
-  return core_->register_memory(
-      memory.data, memory.size, [&](Fabric& fabric) { return fabric.register_device_memory(memory); },
-      std::move(keepalive));
+  return core_->register_memory(memory, std::move(keepalive));
 }
 bool TransferEngine::takes_device_memory() const noexcept { return core_->takes_device_memory(); }
 std::shared_ptr<Region> TransferEngine::allocate(size_t size) { return core_->allocate(size); }

@@ -35,6 +35,14 @@ void ImmCounter::wait(uint64_t n, std::optional<Duration> timeout) const {
 }
 
 void EngineCore::on_immediate(uint32_t imm) {
+  if (gpu_writes_.needed()) [[unlikely]] {
+    try {
+      gpu_writes_.flush();
+    } catch (const Error& error) {
+      on_down(error);  // what this NIC brings cannot be vouched for
+      return;
+    }
+  }
   ImmState* state = immediates_.find(imm);
   if (state == nullptr) [[unlikely]] {
     if ((imm & kReservedImmediate) != 0 || user_values_ >= kMaxUserValues) {

@@ -44,6 +44,29 @@ std::shared_ptr<Region> EngineCore::register_memory(void* data, size_t size, con
   return region;
 }
 
+namespace {
+
+// Lives as long as the region: kernels see what NICs write there.
+struct VisibleDevice {
+  std::shared_ptr<void> keepalive;
+  GpuWrites::Use use;
+};
+
+}  // namespace
+
+std::shared_ptr<Region> EngineCore::register_memory(const DeviceMemory& memory,
+                                                    std::shared_ptr<void> keepalive) {
+  GpuWrites::Use use;
+  {
+    Locked locked(*this);
+    use = gpu_writes_.use(memory.device);
+  }
+  auto both = std::make_shared<VisibleDevice>(VisibleDevice{std::move(keepalive), std::move(use)});
+  return register_memory(
+      memory.data, memory.size, [&](Fabric& fabric) { return fabric.register_device_memory(memory); },
+      std::move(both));
+}
+
 std::shared_ptr<Region> EngineCore::allocate(size_t size) {
   if (size == 0) throw Error(ErrorKind::kInvalidArgument, "registered memory must not be empty");
   size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));

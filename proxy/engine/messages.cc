@@ -4,6 +4,7 @@
 
 #include "proxy/bytes.h"
 #include "proxy/engine/core.h"
+#include "proxy/engine/doubts.h"
 #include "proxy/engine/group.h"
 #include "proxy/engine/pools.h"
 #include "proxy/engine/watch.h"
@@ -14,7 +15,13 @@ namespace {
 
 constexpr uint32_t kMessageMagic = 0x4d584c50;  // "PLXM"
 constexpr size_t kMaxUnread = 4096;
+constexpr size_t kMaxEarlyNotices = 65536;  // 2048 members of a group, and some groups
 constexpr uint32_t kSlotsPerPeer = 16;
+// A message is posted only while all numbers so far below its own are settled, so that whoever receives has
+// to remember no more: what is twice as far behind never comes.
+constexpr uint64_t kNumberWindow = 4096;
+constexpr size_t kMaxSenders = 65536;
+constexpr size_t kNumberAt = sizeof kMessageMagic + sizeof(uint8_t);
 
 }  // namespace
 
@@ -23,12 +30,13 @@ Bytes EngineCore::message_header(uint8_t type) const {
   ByteWriter out;
   out.put(kMessageMagic);
   out.put(type);
+  out.put(uint64_t{0});  // its number, known when it is posted
   out.blob(address_.bytes());
   return out.take();
 }
 
 size_t EngineCore::max_message() const noexcept {
-  return max_message_ - (sizeof kMessageMagic + sizeof(uint8_t) + sizeof(uint16_t)) - address_.bytes().size();
+  return max_message_ - (kNumberAt + sizeof(uint64_t) + sizeof(uint16_t)) - address_.bytes().size();
 }
 
 std::future<void> EngineCore::send(const Address& to, std::span<const std::byte> payload) {
@@ -52,7 +60,7 @@ std::future<void> EngineCore::send(const Address& to, std::span<const std::byte>
 }
 
 void EngineCore::queue_message(uint32_t peer, Bytes bytes, CompletionSink* sink) {
-  outgoing_.push_back({peer, std::move(bytes), sink});
+  outgoing_.push_back({peer, std::move(bytes), sink, tick_.load(std::memory_order_relaxed)});
   flush_messages();
 }
 
@@ -65,14 +73,23 @@ void EngineCore::flush_messages() {
   }
   for (size_t i = 0; i < outgoing_.size() && !free_slots_.empty();) {
     // A peer that takes nothing must not keep all buffers from the others.
-    if (peers_[outgoing_[i].peer].messages >= kSlotsPerPeer) {
+    Peer& peer = peers_[outgoing_[i].peer];
+    const bool far =
+        !peer.unanswered.empty() && peer.last_message + 1 - *peer.unanswered.begin() >= kNumberWindow;
+    if (peer.messages >= kSlotsPerPeer || far) {
       ++i;
       continue;
     }
     Outgoing message = std::move(outgoing_[i]);
     outgoing_.erase(outgoing_.begin() + static_cast<ptrdiff_t>(i));
-    ++peers_[message.peer].messages;
+    ++peer.messages;
     Op* op = pool_.take();
+    op->number = 0;
+    if (peer.paths.size() > 1) {
+      op->number = ++peer.last_message;
+      peer.unanswered.insert(op->number);
+      std::memcpy(message.bytes.data() + kNumberAt, &op->number, sizeof op->number);
+    }
     op->slot = free_slots_.back();
     free_slots_.pop_back();
     std::byte* buffer = send_bytes_.data() + op->slot * max_message_;
@@ -86,7 +103,7 @@ void EngineCore::flush_messages() {
     op->kind = FabricOp::Kind::kMessage;
     op->sink = message.sink;
     op->id = 0;
-    op->stamp = tick_.load(std::memory_order_relaxed);
+    op->stamp = message.stamp;
     op->retries = 0;
     op->shared = op->abandoned = op->per_shard = false;
     op->region = nullptr;
@@ -94,13 +111,54 @@ void EngineCore::flush_messages() {
   }
 }
 
+void EngineCore::fail_late_messages(uint32_t now, uint32_t limit) {
+  std::vector<Outgoing> late;
+  std::erase_if(outgoing_, [&](Outgoing& message) {
+    if (!peers_[message.peer].failed && now - message.stamp <= limit) return false;
+    late.push_back(std::move(message));
+    return true;
+  });
+  for (const Outgoing& message : late) {
+    const Peer& peer = peers_[message.peer];
+    const Error error = peer.failed ? *peer.failed
+                                    : Error(ErrorKind::kTimeout, "message to " + peer.label +
+                                                                     ": no buffer to send it from within " +
+                                                                     std::to_string(limit) + " ms");
+    bump(counters_.errors);
+    message.sink->complete(&error);
+  }
+}
+
+// Of a message that its sender may have sent before, over a NIC that has failed since.
+bool EngineCore::first_time(const Bytes& from, uint64_t number) {
+  auto known = seen_.find(from);
+  if (known == seen_.end()) {
+    if (seen_.size() >= kMaxSenders) {
+      throw Error(ErrorKind::kPeer, "messages of 65536 senders have come already; one more was dropped");
+    }
+    known = seen_.emplace(from, Seen{}).first;
+  }
+  Seen& seen = known->second;
+  if (number <= seen.floor || !seen.above.insert(number).second) return false;
+  // Numbers that are missing for so long are of messages that were given up.
+  if (seen.above.size() > 2 * kNumberWindow) seen.floor = *seen.above.begin();
+  while (!seen.above.empty() && *seen.above.begin() <= seen.floor + 1) {
+    seen.floor = std::max(seen.floor, *seen.above.begin());
+    seen.above.erase(seen.above.begin());
+  }
+  return true;
+}
+
 void EngineCore::on_message(std::span<const std::byte> bytes) {
   try {
     ByteReader in(bytes, "message");
     if (in.get<uint32_t>() != kMessageMagic) in.malformed("its magic number is wrong");
     auto type = in.get<uint8_t>();
+    auto number = in.get<uint64_t>();
     auto sender = in.blob();
     Bytes from(sender.begin(), sender.end());
+    if (!peer_numbers_.contains(from)) check_job(self_, decode_address(from));
+    if (number != 0 && !first_time(from, number)) return;
     if (timeline_) [[unlikely]] {
       uint64_t now = nanoseconds_now();
       timeline_->add({.start = now,
@@ -125,6 +183,8 @@ void EngineCore::on_message(std::span<const std::byte> bytes) {
       greetings_.emplace_back(std::move(from), type);
     } else if (type >= kPoolAnnounce && type <= kPoolRefused) {
       pools_->arrived(static_cast<MessageType>(type), from, in.rest());
+    } else if (type == kAsk || type == kVerdict) {
+      doubts_->arrived(static_cast<MessageType>(type), from, in.rest());
     } else {
       in.malformed("its type is unknown");
     }
@@ -195,6 +255,7 @@ std::shared_ptr<PeerGroup> EngineCore::peer_group(const std::vector<Address>& me
   GroupKey key{group->hash, group->generation};
   if (auto early = early_barriers_.find(key); early != early_barriers_.end()) {
     for (const auto& [from, number] : early->second) group->arrive(from, number);
+    early_notices_ -= early->second.size();
     early_barriers_.erase(early);
   }
   std::erase_if(groups_, [](const auto& entry) { return entry.second.expired(); });
@@ -211,8 +272,13 @@ void EngineCore::receive_barrier(const Bytes& from, uint64_t hash, uint32_t gene
   }
   auto made = group_generations_.find(hash);
   if (made != group_generations_.end() && generation < made->second) return;  // of a group that is gone
-  if (early_barriers_.size() >= kMaxUnread) {
-    throw Error(ErrorKind::kPeer, "barriers of 4096 groups unknown here; one more was dropped");
+  decode_address(from);
+  auto early = early_barriers_.find(key);
+  if (early == early_barriers_.end() || !early->second.contains(from)) {
+    if (early_notices_ >= kMaxEarlyNotices) {
+      throw Error(ErrorKind::kPeer, "65536 barrier notices of groups unknown here; one more was dropped");
+    }
+    ++early_notices_;
   }
   auto& last = early_barriers_[key][from];
   last = std::max(last, number);

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@ struct Nic {
   std::optional<Error> failing;  // reported while polling; taken out after it
   size_t outstanding = 0;
   size_t deepest = 0;
+  OpList abandoned;  // that its fabric holds although their callers have been told
   uint32_t sampled = 0;
   LatencyHistogram latency;
 };
@@ -44,11 +46,13 @@ struct Peer {
   std::vector<Path> paths;
   std::vector<uint16_t> active;  // paths that new operations take
   uint32_t next_path = 0;
-  std::optional<Error> failed;  // set once, for good: an engine that restarts has a new address
-  OpQueue waiting;              // for `ready`
-  bool ready = true;            // may be written to: see FabricCaps::mutual
-  uint32_t greeted = 0;         // tick at which it was told of this engine last, where it has to know
-  uint32_t messages = 0;        // send buffers that it holds
+  std::optional<Error> failed;    // set once, for good: an engine that restarts has a new address
+  OpQueue waiting;                // for `ready`
+  bool ready = true;              // may be written to: see FabricCaps::mutual
+  uint32_t greeted = 0;           // tick at which it was told of this engine last, where it has to know
+  uint32_t messages = 0;          // send buffers that it holds
+  uint64_t last_message = 0;      // number of the latest message to it
+  std::set<uint64_t> unanswered;  // numbers of messages that have not completed
 };
 
 inline void count(Traffic& traffic, const FabricOp& op) {

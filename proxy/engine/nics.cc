@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "proxy/engine/core.h"
+#include "proxy/engine/doubts.h"
 #include "proxy/engine/regions.h"
 #include "proxy/log.h"
 
@@ -38,6 +39,7 @@ void EngineCore::add_nics() {
   }
   max_message_ = max_write_ = SIZE_MAX;
   self_ = nics_[0].fabric->address();
+  self_.job = job_hash(config_.job);
   for (size_t i = 0; i < nics_.size(); ++i) {
     const FabricCaps& caps = nics_[i].caps;
     max_message_ = std::min(max_message_, caps.max_message);
@@ -66,6 +68,7 @@ void EngineCore::add_nics() {
 uint32_t EngineCore::connect(const Bytes& address) {
   if (auto known = peer_numbers_.find(address); known != peer_numbers_.end()) return known->second;
   PeerAddress parsed = decode_address(address);
+  check_job(self_, parsed);
   const size_t ours = nics_.size(), theirs = parsed.nics();
   Peer peer;
   std::optional<Error> refused;
@@ -134,11 +137,13 @@ void EngineCore::route(Op& op, Peer& peer) {
 }
 
 // An operation whose path has failed goes over another one, if that can do no harm: bytes may be written
-// twice, immediates and messages may not arrive twice. docs/protocol.md, "Many NICs".
+// twice, immediates may not arrive twice, and messages are known by their number. docs/protocol.md, "Many
+// NICs".
 bool EngineCore::retry(Op* op) {
   Peer& peer = peers_[op->to];
   const bool harmless = op->undelivered || (op->kind == FabricOp::Kind::kWrite && !op->has_imm) ||
-                        op->kind == FabricOp::Kind::kRead;
+                        op->kind == FabricOp::Kind::kRead ||
+                        (op->kind == FabricOp::Kind::kMessage && op->number != 0);
   if (!harmless || peer.failed || peer.paths.size() == 1 || op->retries >= kMaxRetries) return false;
   ++op->retries;
   bump(counters_.retries);
@@ -173,10 +178,18 @@ void EngineCore::lose_nic(size_t index, const Error& error) {
   if (nic.down) return;
   nic.down = error;
   log(LogLevel::kWarn, "NIC ", index, " (", nic.fabric->name(), ") is taken out: ", error.what());
+  polling_ = index;
+  nic.fabric->drain(*this);
+  polling_ = 0;
   nic.fabric->close();  // from here on it touches no memory, and its operations are ours again
+  while (Op* op = nic.abandoned.front()) {
+    nic.abandoned.erase(op);
+    recycle(op);
+  }
   const Error lost(ErrorKind::kPeer,
                    "this engine's NIC " + std::to_string(index) + " failed: " + error.what());
-  for (Peer& peer : peers_) {
+  for (size_t number = 0; number < peers_.size(); ++number) {
+    Peer& peer = peers_[number];
     OpQueue unfinished;
     for (size_t i = 0; i < peer.paths.size(); ++i) {
       Path& path = peer.paths[i];
@@ -190,7 +203,7 @@ void EngineCore::lose_nic(size_t index, const Error& error) {
     }
     while (!unfinished.empty()) {
       Op* op = unfinished.pop();
-      if (retry(op)) continue;
+      if (retry(op) || doubts_->take(op, lost)) continue;
       Error failure = explain(*op, lost);
       finish(op, &failure);
     }
@@ -241,6 +254,9 @@ void EngineCore::fail_peer(Peer& peer, const Error& error) {
     fail_all(path.pending);
   }
   fail_all(peer.waiting);
+  if (auto known = peer_numbers_.find(peer.address); known != peer_numbers_.end()) {
+    doubts_->fail(known->second, error);
+  }
 }
 
 // Where targets take nothing from strangers, peers exchange messages before the first write: who gets a hello

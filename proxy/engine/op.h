@@ -27,6 +27,7 @@ struct Op : FabricOp {
   uint32_t stamp;      // the engine's tick when it was submitted
   uint32_t slot;       // messages: index of the send buffer
   uint16_t path;       // of its peer
+  uint64_t number;     // messages: by which the receiver knows a repetition; 0: it is never repeated
   uint8_t retries;
   bool shared;     // belongs to the shared pool
   bool abandoned;  // its caller has been told that it failed; the provider still holds it

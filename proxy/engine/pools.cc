@@ -40,7 +40,8 @@ void Pools::tell(const Bytes& to, MessageType type, std::initializer_list<uint64
   Bytes tail = body.take();
   message.insert(message.end(), tail.begin(), tail.end());
   // Not posted from here: this may be within a fabric's poll.
-  core_.outgoing_.push_back({core_.connect(to), std::move(message), new IgnoringSink});
+  const uint32_t tick = core_.tick_.load(std::memory_order_relaxed);
+  core_.outgoing_.push_back({core_.connect(to), std::move(message), new IgnoringSink, tick});
 }
 
 void Pools::send(const RemotePoolImpl& pool, std::shared_ptr<const Region> source, size_t offset,

@@ -250,7 +250,8 @@ size_t EngineCore::cancel(uint64_t id) {
   drain();
   auto wanted = [&](const Op& op) { return op.id == id; };
   OpQueue ops;
-  for (Peer& peer : peers_) {
+  for (size_t number = 0; number < peers_.size(); ++number) {
+    Peer& peer = peers_[number];
     peer.waiting.take(wanted, ops);
     for (Path& path : peer.paths) path.pending.take(wanted, ops);
   }

@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "proxy/engine/core.h"
+#include "proxy/engine/doubts.h"
 
 namespace pplx {
 
@@ -73,12 +74,13 @@ EngineDetails EngineCore::details() {
     stats.traffic.outstanding = nic.outstanding;
     details.nics.push_back(std::move(stats));
   }
-  for (const Peer& peer : peers_) {
+  for (size_t number = 0; number < peers_.size(); ++number) {
+    const Peer& peer = peers_[number];
     PeerTraffic stats{.peer = peer.label,
                       .error = peer.failed ? peer.failed->what() : "",
                       .paths = peer.failed ? 0 : peer.active.size(),
                       .traffic = {}};
-    stats.traffic.queued = peer.waiting.size();
+    stats.traffic.queued = peer.waiting.size() + doubts_->count(static_cast<uint32_t>(number));
     for (const Path& path : peer.paths) {
       add(path.traffic, stats.traffic);
       add(path.traffic, details.nics[path.nic].traffic);

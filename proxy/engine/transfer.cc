@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "proxy/engine/core.h"
+#include "proxy/engine/doubts.h"
 #include "proxy/engine/regions.h"
 #include "proxy/engine/whole.h"
 #include "proxy/log.h"
@@ -268,6 +269,7 @@ void EngineCore::recycle(Op* op) {
   if (op->kind == FabricOp::Kind::kMessage) {
     free_slots_.push_back(op->slot);
     --peers_[op->to].messages;
+    peers_[op->to].unanswered.erase(op->number);
   }
   if (op->keys != nullptr) op->keys.reset();
   if (op->shared) {
@@ -289,6 +291,7 @@ void EngineCore::taken_back_by_fabric(Peer& peer, Op* op) {
 void EngineCore::abandon(Peer& peer, Op* op, const Error& error) {
   taken_back_by_fabric(peer, op);
   op->abandoned = true;
+  nics_[peer.paths[op->path].nic].abandoned.push(op);
   notify(op, &error);
 }
 
@@ -305,6 +308,7 @@ Error EngineCore::explain(const Op& op, const Error& error) const {
 void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
   Op* op = static_cast<Op*>(&fabric_op);
   if (op->abandoned) [[unlikely]] {
+    nics_[peers_[op->to].paths[op->path].nic].abandoned.erase(op);
     recycle(op);
     return;
   }
@@ -313,6 +317,14 @@ void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
   if (op->posted_at != 0) [[unlikely]]
     record(*op, error != nullptr);
   if (error == nullptr) [[likely]] {
+    if (op->kind == FabricOp::Kind::kRead && gpu_writes_.needed()) [[unlikely]] {
+      try {
+        gpu_writes_.flush();
+      } catch (const Error& flush_error) {
+        finish(op, &flush_error);
+        return;
+      }
+    }
     finish(op, nullptr);
     return;
   }
@@ -320,7 +332,7 @@ void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
   Error failure = explain(*op, *error);
   if (error->kind() == ErrorKind::kPeer) {
     lose_path(peer, op->path, *error);
-    if (retry(op)) return;
+    if (retry(op) || (!op->undelivered && doubts_->take(op, *error))) return;
   }
   finish(op, &failure);
 }

@@ -17,6 +17,8 @@
 
 namespace pplx {
 
+struct CudaDriver;
+
 using Bytes = std::vector<std::byte>;
 using Clock = std::chrono::steady_clock;
 using Duration = std::chrono::nanoseconds;
@@ -35,6 +37,11 @@ struct SimConfig {
   uint32_t queue_depth = 4096;  // outstanding operations an endpoint accepts before it pushes back
   uint64_t max_write = 0;       // longest write taken in one operation, longer ones are split; 0: any
   bool mutual = false;          // writes and reads of whoever the target has not connected to are refused
+  // Connections: immediates of one sender are reported in the order of its writes, and once one is lost, so
+  // are all that follow. Then their fate can be found out when a NIC has failed.
+  bool fences = false;
+  uint32_t message_bytes = 16384;  // longest message
+  uint32_t lose_messages = 0;      // so many of the first messages vanish on their way, unnoticed
   // How bytes get from one address to another, where one or both are a GPU's; with it GPU memory can be
   // registered. Null: it cannot, and bytes are copied by the CPU.
   std::function<void(void* to, const void* from, size_t bytes)> copy{};
@@ -60,6 +67,10 @@ struct EngineConfig {
   int cpu = kOwnCore;                  // core to pin the worker to
   std::string near;  // with kOwnCore: the GPU (PCI bus id) or NIC to be near to; empty: the first NIC
   Duration timeout = std::chrono::seconds(30);  // default of every wait below
+  // Engines with different tokens refuse each other. That keeps jobs apart; it is no secret to whoever listens.
+  std::string job;
+  // How writes of NICs into GPU memory are made visible; null: the system's CUDA driver.
+  std::shared_ptr<const CudaDriver> cuda;
   SimConfig sim;
   VerbsConfig verbs;
 };

@@ -8,13 +8,14 @@
 #include <random>
 
 #include "proxy/bytes.h"
+#include "proxy/error.h"
 
 namespace pplx {
 namespace {
 
 constexpr uint32_t kAddressMagic = 0x41584c50;     // "PLXA"
 constexpr uint32_t kDescriptorMagic = 0x44584c50;  // "PLXD"
-constexpr uint16_t kVersion = 2;
+constexpr uint16_t kVersion = 3;
 constexpr size_t kMaxEndpoints = 64;
 
 void put_header(ByteWriter& out, uint32_t magic) {
@@ -77,6 +78,19 @@ PeerAddress make_address(std::string fabric, std::string provider) {
   return address;
 }
 
+uint64_t job_hash(const std::string& token) {
+  return token.empty() ? 0 : fnv1a(std::as_bytes(std::span(token)));
+}
+
+void check_job(const PeerAddress& ours, const PeerAddress& theirs) {
+  if (ours.job == theirs.job) return;
+  const auto of = [](const PeerAddress& one) {
+    return one.label() + (one.job == 0 ? ", which has no job token" : "");
+  };
+  throw Error(ErrorKind::kPeer, "engines of different jobs refuse each other: " + of(ours) + ", and " +
+                                    of(theirs) + " (EngineConfig.job, PPLX_JOB)");
+}
+
 std::vector<std::byte> encode(const PeerAddress& address) {
   ByteWriter out;
   put_header(out, kAddressMagic);
@@ -86,6 +100,7 @@ std::vector<std::byte> encode(const PeerAddress& address) {
   out.put(address.pid);
   out.put(address.pid_namespace);
   out.text(address.host);
+  out.put(address.job);
   out.put(static_cast<uint16_t>(address.nics()));
   auto put = [&](const PeerAddress::Endpoints& endpoints) {
     out.put(static_cast<uint16_t>(endpoints.size()));
@@ -107,6 +122,7 @@ PeerAddress decode_address(std::span<const std::byte> bytes) {
   address.pid = in.get<uint32_t>();
   address.pid_namespace = in.get<uint64_t>();
   address.host = in.text();
+  address.job = in.get<uint64_t>();
   size_t nics = in.get<uint16_t>();
   if (nics == 0 || nics > kMaxNics) in.malformed("it names " + std::to_string(nics) + " NICs");
   auto endpoints = [&] {

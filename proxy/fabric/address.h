@@ -20,6 +20,7 @@ struct PeerAddress {
   uint32_t pid = 0;
   uint64_t pid_namespace = 0;  // pids compare only within one; 0: unknown
   std::string host;
+  uint64_t job = 0;  // job_hash of EngineConfig.job
   using Endpoints = std::vector<std::vector<std::byte>>;
   Endpoints endpoints;             // of the first NIC, or of the only one that this is about
   std::vector<Endpoints> further;  // of an engine's other NICs
@@ -33,6 +34,9 @@ struct PeerAddress {
 };
 
 PeerAddress make_address(std::string fabric, std::string provider);  // of this process, without endpoints
+uint64_t job_hash(const std::string& token);                         // 0: no token
+// Throws kPeer, naming both, where they are of different jobs.
+void check_job(const PeerAddress& ours, const PeerAddress& theirs);
 std::vector<std::byte> encode(const PeerAddress& address);
 PeerAddress decode_address(std::span<const std::byte> bytes);  // throws kInvalidArgument
 

@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "proxy/engine/engine.h"
 #include "proxy/error.h"
@@ -31,6 +32,9 @@ struct FabricCaps {
   // The target must have connected to the initiator, too, before it takes a write or serves a read. The
   // engine then exchanges messages first, which need no more than connect() on the sender's side.
   bool mutual = false;
+  // Immediates of writes on one channel are reported in the order of their serials, or not at all, and
+  // fence() tells how far they came: so writes of unknown fate may be repeated over another NIC.
+  bool fences = false;
 };
 
 // Registered memory as the fabric sees it.
@@ -61,6 +65,10 @@ struct FabricOp {
   // immediate of a write have reached the target nor ever will: only then may a write with an immediate be
   // repeated.
   bool undelivered;
+  // Set by a fabric that fences when it takes a write with an immediate: the connection, and the how manieth
+  // on it, counting from 1.
+  uint32_t channel;
+  uint64_t serial;
 };
 
 // Where poll() reports. None of these may call the fabric, but for on_complete, which may post.
@@ -81,6 +89,17 @@ class FabricEvents {
 };
 
 enum class Post { kPosted, kFull };
+
+// How many immediates have been reported that came on a channel of a peer's NIC.
+struct Arrived {
+  uint32_t channel = 0;
+  uint64_t immediates = 0;
+};
+struct Fence {
+  enum class State : uint8_t { kWait, kSettled, kUnknown };
+  State state = State::kUnknown;
+  std::vector<Arrived> arrived{};  // where it is settled; of a channel that is not here none has come
+};
 
 class Fabric {
  public:
@@ -107,6 +126,16 @@ class Fabric {
   virtual Post try_read(FabricOp& op) = 0;
   virtual Post try_send(FabricOp& op) = 0;
   virtual size_t poll(FabricEvents& events) = 0;
+
+  // From the first call on nothing that this NIC of a peer has posted arrives here any more; what had come
+  // until then is reported before it is settled. kWait: ask again after poll(). kUnknown: this fabric cannot
+  // tell, or can no longer. Also after close().
+  virtual Fence fence(const PeerAddress& /*peer*/) { return {}; }
+
+  // Before close(): reports what has arrived, which its senders hold for delivered; nothing comes after it.
+  virtual void drain(FabricEvents& events) {
+    for (int polls = 0; polls < 64 && poll(events) != 0;) ++polls;
+  }
 
   // False when the peer's process is known to be gone, for transports that do not report that themselves.
   virtual bool alive(uint32_t /*peer*/) { return true; }

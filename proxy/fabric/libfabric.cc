@@ -8,6 +8,7 @@
 #include <rdma/fi_eq.h>
 #include <rdma/fi_rma.h>
 #include <signal.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -167,7 +168,7 @@ class LibfabricFabric final : public Fabric {
 
   FabricMemory register_memory(void* data, size_t size) override {
     fid_mr* mr = nullptr;
-    int rc = fi_mr_reg(open_.domain, data, size, kAccess, 0, next_key_++, 0, &mr, nullptr);
+    int rc = fi_mr_reg(open_.domain, data, size, kAccess, 0, draw_key(), 0, &mr, nullptr);
     return registered(mr, rc, data, size);
   }
 
@@ -184,7 +185,7 @@ class LibfabricFabric final : public Fabric {
     }
     attr.iov_count = 1;
     attr.access = kAccess;
-    attr.requested_key = next_key_++;
+    attr.requested_key = draw_key();
     attr.iface = FI_HMEM_CUDA;
     attr.device.cuda = memory.device;
     fid_mr* mr = nullptr;
@@ -367,6 +368,17 @@ class LibfabricFabric final : public Fabric {
         std::string("libfabric provider ") + provider_ + " refused a " + what + ": " + error_text(rc));
   }
 
+  // Whoever knows a region's key can write there, so keys are not to be guessed. Providers that choose them
+  // don't look at it.
+  uint64_t draw_key() const {
+    uint64_t key = 0;
+    if (getrandom(&key, sizeof(key), 0) != sizeof(key)) {
+      throw Error(ErrorKind::kFabric, "the kernel gave no random bytes for a memory key");
+    }
+    const size_t bytes = info_->domain_attr->mr_key_size;
+    return key >> (bytes >= 1 && bytes < 8 ? 64 - 8 * bytes : 1);  // the largest key stands for none
+  }
+
   FabricMemory registered(fid_mr* mr, int rc, void* data, size_t size) {
     if (rc != 0) {
       std::string text =
@@ -446,7 +458,9 @@ class LibfabricFabric final : public Fabric {
     if (nic.empty() || traits_.provider == "shm") return all;
     std::string names;
     for (const fi_info* info = all.get(); info != nullptr; info = info->next) {
-      if (info->domain_attr->name == nic) return Info(lib_.dupinfo(info), InfoDeleter{&lib_});
+      // An RDMA device's domains are called after it: "rdmap0s6-rdm" and "rdmap0s6-dgrm" are EFA's.
+      const std::string name = info->domain_attr->name;
+      if (name == nic || name.starts_with(nic + "-")) return Info(lib_.dupinfo(info), InfoDeleter{&lib_});
       if (!names.empty()) names += ", ";
       names += info->domain_attr->name;
     }
@@ -572,7 +586,6 @@ class LibfabricFabric final : public Fabric {
   FabricCaps caps_;
   PeerAddress address_;
   uint64_t completion_ = 0;  // FI_DELIVERY_COMPLETE where offered
-  uint64_t next_key_ = 1;    // read only by providers that let the user choose keys
   Resources open_;
   bool in_graveyard_ = false;  // ours is one of the process's shm endpoints
   std::vector<Peer> peers_;

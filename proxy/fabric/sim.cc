@@ -10,12 +10,13 @@
 #include <random>
 #include <shared_mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
+
+#include "proxy/bytes.h"
 
 namespace pplx {
 namespace {
-
-constexpr size_t kMessageBytes = 16384;
 
 struct Completion {
   FabricOp* op;
@@ -35,6 +36,9 @@ struct Arrival {
 // What other engines see of one. Targets copy straight out of the source's memory, so a source closes only
 // while nobody copies (`life`).
 struct Port {
+  explicit Port(std::vector<std::byte> own_name) : name(std::move(own_name)) {}
+
+  const std::vector<std::byte> name;
   std::mutex mutex;  // guards inbox and done
   std::vector<Arrival> inbox;
   std::vector<Completion> done;
@@ -105,14 +109,15 @@ class SimFabric final : public Fabric {
         disorder_(config.fabric == "sim"),
         name_(config.fabric),
         address_(make_address("sim", config.sim.network)),
-        port_(std::make_shared<Port>()) {
+        port_(std::make_shared<Port>(Name(address_.engine.begin(), address_.engine.end()))) {
     caps_.max_write = config_.max_write != 0 ? config_.max_write : SIZE_MAX;
-    caps_.max_message = kMessageBytes;
+    caps_.max_message = config_.message_bytes;
+    caps_.fences = config_.fences;
     caps_.queue_depth = SIZE_MAX;  // ours, so that try_write is what pushes back
     caps_.rails = static_cast<uint32_t>(config.endpoints);
     caps_.mutual = config_.mutual;
     caps_.device_memory = config_.copy != nullptr;
-    address_.endpoints.emplace_back(address_.engine.begin(), address_.engine.end());
+    address_.endpoints.push_back(port_->name);
     uint64_t index = Network::get().add(config_.network, address_.endpoints[0], port_);
     rng_.seed((config_.seed + 1) * 0x9E3779B97F4A7C15ULL + index);
     // Ranges of keys that other engines do not use, so that a write to the wrong one is refused.
@@ -150,12 +155,22 @@ class SimFabric final : public Fabric {
                                         config_.network + "'");
     }
     peers_.push_back(std::move(port));
+    serials_.push_back(0);
     return static_cast<uint32_t>(peers_.size() - 1);
   }
 
   Post try_write(FabricOp& op) override { return post(op); }
   Post try_read(FabricOp& op) override { return post(op); }
   Post try_send(FabricOp& op) override { return post(op); }
+
+  // All that is here is cut off, so that it is settled at once.
+  Fence fence(const PeerAddress& peer) override {
+    if (!config_.fences) return {};
+    Source& source = sources_[peer.endpoints[0]];
+    source.cut = true;
+    refuse_rest(source);
+    return {Fence::State::kSettled, {{0, source.reported}}};
+  }
 
   size_t poll(FabricEvents& events) override {
     if (port_->broken.load(std::memory_order_relaxed)) [[unlikely]] {
@@ -215,6 +230,12 @@ class SimFabric final : public Fabric {
     if (port_->broken.load(std::memory_order_relaxed)) {
       throw Error(ErrorKind::kPeer, "sim: the NIC is broken");
     }
+    if (op.kind == FabricOp::Kind::kMessage && config_.lose_messages > lost_messages_) {
+      ++lost_messages_;
+      ++outstanding_;
+      port_->complete(&op, std::nullopt);
+      return Post::kPosted;
+    }
     Port& to = *peers_[op.peer];
     std::lock_guard lock(to.mutex);
     if (to.broken.load()) throw Error(ErrorKind::kPeer, "sim: the peer's NIC is broken");
@@ -222,6 +243,8 @@ class SimFabric final : public Fabric {
       throw Error(ErrorKind::kPeer,
                   to.dropped.load() ? "sim: the peer is dead" : "sim: the peer closed its engine");
     }
+    if (caps_.fences && op.kind == FabricOp::Kind::kWrite && op.has_imm) op.serial = ++serials_[op.peer];
+    op.channel = 0;
     to.inbox.push_back({&op, port_, op.length, op.kind});
     to.has_inbox.store(true, std::memory_order_release);
     ++outstanding_;
@@ -325,13 +348,16 @@ class SimFabric final : public Fabric {
     if (from.closed.load() || from.dropped.load()) return;
     FabricOp& op = *write.arrival.op;
     bool last = --write.pieces_left == 0;
-    if (from.broken.load()) {
+    Source* source = nullptr;
+    if (caps_.fences && op.kind == FabricOp::Kind::kWrite) source = &sources_[from.name];
+    if (from.broken.load() || (source != nullptr && source->cut)) {
       // What has begun to land lands no further, and the source cannot know how far it came.
       write.cut = true;
       if (last) {
         op.undelivered = false;
         from.complete(&op, Error(ErrorKind::kPeer, "sim: the NIC is broken"));
       }
+      if (source != nullptr) cut(*source, from);
       return;
     }
     if (op.kind == FabricOp::Kind::kMessage) {
@@ -355,6 +381,7 @@ class SimFabric final : public Fabric {
       }
     }
     if (!last) return;
+    if (source != nullptr && (!allowed || write.cut)) cut(*source, from);
     if (!allowed) {
       from.complete(&op,
                     Error(ErrorKind::kFabric, !known ? "sim: the target does not know who writes to it"
@@ -365,9 +392,47 @@ class SimFabric final : public Fabric {
       from.complete(&op, Error(ErrorKind::kPeer, "sim: the NIC was broken on the way"));
       return;
     }
+    if (source != nullptr && op.has_imm) {
+      source->ready.emplace(op.serial, std::move(write.arrival));
+      report_in_order(*source, events);
+      return;
+    }
     if (op.has_imm) events.on_immediate(op.imm);
     // The acknowledgement may be lost with the NIC: then the immediate was counted and the source can't know.
     from.complete(&op, std::nullopt);
+  }
+
+  // With `fences`: what has come from a NIC of a peer.
+  struct Source {
+    uint64_t reported = 0;              // immediates
+    bool cut = false;                   // nothing comes any more
+    std::map<uint64_t, Arrival> ready;  // landed, behind others that have not; by serial
+  };
+
+  // With the source's `life` held, which is that of all of these.
+  static void report_in_order(Source& source, FabricEvents& events) {
+    for (auto next = source.ready.begin(); next != source.ready.end() && next->first == source.reported + 1;
+         next = source.ready.erase(next)) {
+      FabricOp& op = *next->second.op;
+      ++source.reported;
+      events.on_immediate(op.imm);
+      next->second.from->complete(&op, std::nullopt);
+    }
+  }
+
+  static void cut(Source& source, const Port& from) {
+    source.cut = true;
+    if (from.closed.load()) return;
+    for (auto& [serial, arrival] : std::exchange(source.ready, {})) {
+      arrival.from->complete(arrival.op, Error(ErrorKind::kPeer, "sim: the connection broke"));
+    }
+  }
+
+  static void refuse_rest(Source& source) {
+    if (source.ready.empty()) return;
+    const auto from = source.ready.begin()->second.from;
+    const std::shared_lock life(from->life);
+    cut(source, *from);
   }
 
   void refuse_all(const char* why) {
@@ -378,6 +443,7 @@ class SimFabric final : public Fabric {
       if (!from.closed.load()) from.complete(piece.write->arrival.op, Error(ErrorKind::kPeer, why));
     }
     pieces_.clear();
+    for (auto& [name, source] : sources_) refuse_rest(source);
   }
 
   SimConfig config_;
@@ -388,6 +454,9 @@ class SimFabric final : public Fabric {
   PeerAddress address_;
   std::shared_ptr<Port> port_;
   std::vector<std::shared_ptr<Port>> peers_;
+  std::vector<uint64_t> serials_;              // of the latest write with an immediate, by peer
+  std::map<Name, Source, BytesLess> sources_;  // by NIC of a peer
+  uint32_t lost_messages_ = 0;
   std::unordered_map<uint64_t, FabricMemory> memory_;
   uint64_t next_key_ = 0;
   std::deque<Piece> pieces_;
@@ -399,6 +468,20 @@ class SimFabric final : public Fabric {
 }  // namespace
 
 std::unique_ptr<Fabric> make_sim(const EngineConfig& config) { return std::make_unique<SimFabric>(config); }
+
+SimConfig efa_limits(uint64_t seed) {
+  SimConfig config;
+  config.seed = seed;
+  config.reorder = true;
+  config.max_delay = 6;
+  config.max_pieces = 5;
+  config.stall_every = 50;
+  config.queue_depth = 16;
+  config.max_write = 1 << 20;
+  config.message_bytes = 8192;
+  config.mutual = true;
+  return config;
+}
 
 namespace {
 

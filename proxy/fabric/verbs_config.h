@@ -20,7 +20,6 @@ struct VerbsConfig {
   bool relaxed_ordering = true;  // of PCIe, where the device has it
   // A NIC that answers no handshake for so long is gone.
   std::chrono::nanoseconds connect_timeout = std::chrono::seconds(10);
-  std::string job;  // engines with different tokens refuse each other
 };
 
 }  // namespace pplx

@@ -39,6 +39,7 @@ void VerbsFabric::start(VerbsLink& link) {
     // A queue pair may be its own peer.
     link.connect(peer.nic, link.queue_pair(), link.psn());
     link.pairing.paired(link.pairing.local(), link.pairing.local());
+    link.arrived = &peer.arrived[link.pairing.remote()];
     confirmed(link);
     return;
   }
@@ -46,8 +47,9 @@ void VerbsFabric::start(VerbsLink& link) {
 }
 
 void VerbsFabric::renew(VerbsLink& link) {
-  if (link.is_open()) {
+  if (link.is_open()) {  // and never connected: what was is broken off first
     queues_[link.pairing.local()] = nullptr;
+    links_by_qp_.erase(link.queue_pair());
     link.close();
   }
   if (queues_.size() >= 1U << 24) {
@@ -56,6 +58,7 @@ void VerbsFabric::renew(VerbsLink& link) {
   }
   const auto number = static_cast<uint32_t>(queues_.size());
   link.open(number);
+  links_by_qp_[link.queue_pair()] = &link;
   queues_.push_back(&link);
   link.pairing.renewed(number);
   link.hellos = 0;
@@ -77,19 +80,24 @@ bool VerbsFabric::ensure_path(Peer& peer) {
   return peer.path != nullptr;
 }
 
-void VerbsFabric::send_hello(VerbsLink& link) {
+// `ask`: for an answer from somebody who has said all that is needed.
+void VerbsFabric::send_hello(VerbsLink& link, bool ask) {
   Peer& peer = peer_of(link);
   link.next_hello = Clock::now() + link.interval;
   link.interval = std::min<Duration>(link.interval * 2, kLongestInterval);
   ++link.hellos;
   if (!ensure_path(peer)) return;
   Handshake hello = handshake(Handshake::Type::kHello, peer.nic.id);
-  hello.wants_reply = !link.pairing.confirmed();
+  hello.wants_reply = ask || !link.pairing.confirmed();
   hello.link = link.number;
   hello.number = link.pairing.local();
   hello.ack = link.pairing.remote();
   hello.qp = link.queue_pair();
   hello.psn = link.psn();
+  if (const auto last = peer.arrived.find(link.last); last != peer.arrived.end()) {
+    hello.last = last->first;
+    hello.arrived = last->second;
+  }
   device_->send_datagram(peer.path.get(), peer.nic.datagram_qp, hello);
 }
 
@@ -151,12 +159,15 @@ void VerbsFabric::on_hello(const Handshake& hello) {
     refuse(hello, self_.label + " has given " + hello.label + " up: " + peer.failed->what());
     return;
   }
+  peer.heard = true;
   VerbsLink& link = link_of(peer, hello.link);
+  link.told_last = hello.last;
+  link.told_arrived = hello.arrived;
   const bool open = link.is_open() && !link.broken();
   const auto step = link.pairing.on_hello(hello.number, hello.ack, hello.wants_reply);
-  if (step.renew && link.is_open() && (link.broken() || link.outstanding() > 0 || link.has_chain())) {
+  if (step.renew && link.is_open() && (link.broken() || link.pairing.remote() != 0)) {
     // The peer's queue pair is a new one, so that what ours holds will never be answered. It comes back
-    // first; the peer repeats itself meanwhile.
+    // first, and what came on it is counted; the peer repeats itself meanwhile.
     if (open) break_off(link);
     return;
   }
@@ -173,6 +184,7 @@ void VerbsFabric::on_hello(const Handshake& hello) {
       throw;
     }
     now_confirmed = link.pairing.paired(hello.number, hello.ack);
+    link.arrived = &peer.arrived[hello.number];
   }
   if (step.reply) send_hello(link);
   if (now_confirmed) confirmed(link);
@@ -182,7 +194,15 @@ void VerbsFabric::on_hello(const Handshake& hello) {
 void VerbsFabric::confirmed(VerbsLink& link) {
   std::erase(handshaking_, &link);
   for (const auto& returned : std::exchange(link.doubtful, {})) {
-    fail(returned.op, broken_error(link, returned.status), false);
+    FabricOp* op = returned.op;
+    const bool told = op->kind == FabricOp::Kind::kWrite && op->has_imm && link.told_last == op->channel;
+    if (!told) {
+      fail(op, broken_error(link, returned.status), false);
+    } else if (op->serial <= link.told_arrived) {
+      arrived_.push_back(op);
+    } else {
+      link.held.push_back(op);
+    }
   }
   if (!link.held.empty() && std::find(resuming_.begin(), resuming_.end(), &link) == resuming_.end()) {
     resuming_.push_back(&link);
@@ -229,6 +249,12 @@ void VerbsFabric::on_bye(const Handshake& bye) {
   fail_peer(*found->second, Error(ErrorKind::kPeer, found->second->label + " closed its engine"));
 }
 
+void VerbsFabric::say_bye(const Peer& peer) {
+  if (!peer.path) return;
+  device_->send_datagram(peer.path.get(), peer.nic.datagram_qp,
+                         handshake(Handshake::Type::kBye, peer.nic.id));
+}
+
 // Peers would find out, but only after their NIC's last attempt.
 void VerbsFabric::say_bye() {
   const auto limit = Clock::now() + kByeLimit;
@@ -243,8 +269,7 @@ void VerbsFabric::say_bye() {
   for (auto& peer : peers_) {
     if (!peer || peer->self || peer->failed || !peer->path) continue;
     while (!device_->may_send_datagram() && Clock::now() < limit) sent();
-    device_->send_datagram(peer->path.get(), peer->nic.datagram_qp,
-                           handshake(Handshake::Type::kBye, peer->nic.id));
+    say_bye(*peer);
   }
   while (!device_->datagrams_sent() && Clock::now() < limit) sent();
 }

@@ -11,6 +11,9 @@
 namespace pplx {
 namespace {
 
+constexpr int kPatience = 3;  // times the time for connecting, until a silent peer is asked
+constexpr size_t kMaxForgotten = 4096;
+
 const char* network_of(const VerbsDevice& device) { return device.ethernet() ? "roce" : "infiniband"; }
 
 void check(const VerbsConfig& config) {
@@ -35,12 +38,13 @@ VerbsFabric::VerbsFabric(const EngineConfig& config) : connect_timeout_(config.v
   address_ = make_address("verbs", network_of(*device_));
   device_->set_id(address_.engine);
   address_.endpoints.push_back(encode(device_->address()));
-  self_ = {address_.engine, address_.label() + " on " + device_->name(), job_hash(config.verbs.job)};
+  self_ = {address_.engine, address_.label() + " on " + device_->name(), job_hash(config.job)};
   caps_.max_write = device_->max_write();
   caps_.max_message = kVerbsMessageBytes;
   caps_.queue_depth = device_->send_budget();
   caps_.rails = static_cast<uint32_t>(config.endpoints);
   caps_.delivery_complete = true;
+  caps_.fences = true;
   caps_.device_memory = true;  // by dma-buf or nvidia_peermem, which registering shows
 }
 
@@ -76,6 +80,12 @@ void VerbsFabric::unregister_memory(const FabricMemory& memory) {
         op = nullptr;
       }
       std::erase(link->held, nullptr);
+      std::erase_if(link->doubtful, [&](const VerbsLink::Returned& returned) {
+        const FabricOp& op = *returned.op;
+        if (op.local != memory.handle || op.length == 0) return false;
+        fail(returned.op, gone, false);
+        return true;
+      });
     }
   }
   device_->unregister_memory(memory);
@@ -105,6 +115,13 @@ VerbsFabric::Peer& VerbsFabric::known(const NicAddress& nic, const std::string& 
   made->nic = nic;
   made->label = label;
   made->self = nic == device_->address();
+  made->liveness = Liveness(kPatience * connect_timeout_);
+  made->heard = true;
+  if (const auto past = std::find_if(forgotten_.rbegin(), forgotten_.rend(),
+                                     [&](const auto& gone) { return gone.first == nic; });
+      past != forgotten_.rend()) {
+    made->arrived = past->second;
+  }
   entry = made.get();
   if (place == peers_.end()) {
     peers_.push_back(std::move(made));
@@ -128,7 +145,10 @@ Post VerbsFabric::post(FabricOp& op, uint8_t number) {
     link.wanted = true;
     // The peer may have begun, and given up: nobody says hello any more.
     const bool waits = std::find(handshaking_.begin(), handshaking_.end(), &link) != handshaking_.end();
-    if (link.is_open() && !link.pairing.confirmed() && !waits) start(link);
+    if (link.is_open() && !link.pairing.confirmed() && !waits && !link.broken()) {
+      // The peer may have been connected, and written.
+      link.pairing.remote() != 0 ? break_off(link) : start(link);
+    }
   }
   if (!link.is_open()) start(link);
   if (!link.pairing.confirmed() || link.broken() || link.full() || !link.held.empty() ||
@@ -161,9 +181,43 @@ bool VerbsFabric::alive(uint32_t number) {
   return peer.pid == 0 || kill(static_cast<pid_t>(peer.pid), 0) == 0 || errno != ESRCH;
 }
 
+void VerbsFabric::forget(const Peer& peer) {
+  forgotten_.emplace_back(peer.nic, peer.arrived);
+  if (forgotten_.size() <= kMaxForgotten) return;
+  forgotten_.pop_front();
+  forgot_ = true;
+}
+
+Fence VerbsFabric::fence(const PeerAddress& address) {
+  const NicAddress nic = decode_nic_address(address.endpoints[0]);
+  const auto settled = [](const std::map<uint32_t, uint64_t>& arrived) {
+    Fence fence{Fence::State::kSettled, {}};
+    for (const auto& [channel, immediates] : arrived) fence.arrived.push_back({channel, immediates});
+    return fence;
+  };
+  const auto found = peers_by_id_.find(nic.id);
+  if (found == peers_by_id_.end()) {
+    const auto past = std::find_if(forgotten_.rbegin(), forgotten_.rend(),
+                                   [&](const auto& entry) { return entry.first == nic; });
+    return past == forgotten_.rend() ? Fence{} : settled(past->second);
+  }
+  Peer& peer = *found->second;
+  if (!(peer.nic == nic) || peer.self) return {};
+  if (forgot_ && peer.arrived.empty()) return {};
+  fail_peer(peer, Error(ErrorKind::kPeer, peer.label + " has given the way up from its NIC to this one"));
+  for (const auto& [number, link] : peer.links) {
+    if (link->is_open()) return {Fence::State::kWait, {}};
+  }
+  return settled(peer.arrived);
+}
+
 void VerbsFabric::close() {
   if (!device_) return;
   if (!down_) say_bye();
+  for (const auto& peer : peers_) {
+    if (peer) forget(*peer);
+  }
+  links_by_qp_.clear();
   peers_.clear();  // queue pairs first: from then on the NIC touches nothing of theirs
   peers_by_id_.clear();
   numbers_.clear();

@@ -80,6 +80,8 @@ std::vector<std::byte> encode(const Handshake& handshake) {
   out.put(handshake.ack);
   out.put(handshake.qp);
   out.put(handshake.psn);
+  out.put(handshake.last);
+  out.put(handshake.arrived);
   put_text(out, clipped(handshake.text, kMaxText));
   out.checksum();
   return out.take();
@@ -107,6 +109,8 @@ Handshake decode_handshake(std::span<const std::byte> bytes) {
   handshake.ack = in.get<uint32_t>();
   handshake.qp = in.get<uint32_t>();
   handshake.psn = in.get<uint32_t>();
+  handshake.last = in.get<uint32_t>();
+  handshake.arrived = in.get<uint64_t>();
   handshake.text = printable(in.text());
   in.finish();
   if (flags > 1) in.malformed("it has unknown flags");
@@ -118,10 +122,6 @@ Handshake decode_handshake(std::span<const std::byte> bytes) {
     in.malformed("a number of its queue pair has more than 24 bits");
   }
   return handshake;
-}
-
-uint64_t job_hash(const std::string& token) {
-  return token.empty() ? 0 : fnv1a(std::as_bytes(std::span(token)));
 }
 
 std::optional<std::string> refusal(const Handshake& handshake, const HandshakeSelf& self) {

@@ -13,7 +13,7 @@
 
 namespace pplx {
 
-inline constexpr uint16_t kHandshakeVersion = 1;
+inline constexpr uint16_t kHandshakeVersion = 2;
 // Every datagram fits the smallest packet of Ethernet's and InfiniBand's usual sizes.
 inline constexpr size_t kMaxHandshake = 512;
 inline constexpr uint8_t kMessageLink = 0xFF;  // the others are numbered by the rail of whoever began
@@ -45,6 +45,10 @@ struct Handshake {
   uint32_t number = 0;  // of the sender's queue pair: grows, and is never used again
   uint32_t ack = 0;     // of the receiver's queue pair that this one is paired with; 0: none yet
   uint32_t qp = 0, psn = 0;
+  // Of the receiver's queue pair that the sender's last one was connected with, 0: there was none, and how
+  // many immediates came on it. Final: that queue pair is gone.
+  uint32_t last = 0;
+  uint64_t arrived = 0;
   std::string text;  // why it is refused
 };
 std::vector<std::byte> encode(const Handshake& handshake);
@@ -58,7 +62,6 @@ struct HandshakeSelf {
   std::string label;
   uint64_t job = 0;
 };
-uint64_t job_hash(const std::string& token);
 // Why a handshake is refused, naming both sides; nullopt when all is well.
 std::optional<std::string> refusal(const Handshake& handshake, const HandshakeSelf& self);
 

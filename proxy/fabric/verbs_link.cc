@@ -54,6 +54,7 @@ void VerbsLink::open(uint32_t queue_pair_number) {
   inline_bytes_ = made.inline_bytes;
   queue_number_ = queue_pair_number;
   psn_ = random_psn();
+  immediates_ = 0;
   broken_ = false;
   first_error_.reset();
   post_error_.reset();
@@ -103,6 +104,7 @@ void VerbsLink::break_off() {
 
 void VerbsLink::close() {
   qp_.reset();
+  broken_ = false;
   chained_ = 0;
 }
 
@@ -123,6 +125,10 @@ bool VerbsLink::add(FabricOp& op) {
     case FabricOp::Kind::kWrite:
       request.opcode = op.has_imm ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
       request.imm_data = htonl(op.imm);
+      if (op.has_imm) {
+        op.channel = queue_number_;
+        op.serial = ++immediates_;
+      }
       break;
     case FabricOp::Kind::kRead:
       request.opcode = IBV_WR_RDMA_READ;

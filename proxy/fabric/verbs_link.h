@@ -59,7 +59,13 @@ class VerbsLink {
   bool wanted = false;             // somebody here has operations for it
   std::vector<FabricOp*> held;     // to be posted again on the next queue pair
   std::vector<Returned> doubtful;  // told when it is known whether the peer still lives
-  Clock::time_point next_hello{}, deadline{}, drained{};
+  Clock::time_point next_hello{}, deadline{};
+  Drain drain;
+  uint64_t* arrived = nullptr;  // immediates on the present pair of queue pairs; null: it is not connected
+  uint32_t last = 0;            // the peer's queue pair that ours was connected with before
+  // What the peer says of our last queue pair.
+  uint32_t told_last = 0;
+  uint64_t told_arrived = 0;
   Duration interval{};
   unsigned hellos = 0;
 
@@ -71,6 +77,7 @@ class VerbsLink {
   uint32_t inline_bytes_ = 0;
   uint32_t queue_number_ = 0;
   uint32_t psn_ = 0;
+  uint64_t immediates_ = 0;  // writes with an immediate that it has taken
   bool broken_ = false;
   std::optional<ibv_wc_status> first_error_;
   std::optional<int> post_error_;

@@ -27,6 +27,7 @@ bool remove(std::vector<VerbsLink*>& links, VerbsLink* link) { return std::erase
 size_t VerbsFabric::poll(FabricEvents& events) {
   if (down_) return 0;
   for (VerbsLink* link : std::exchange(chained_, {})) flush(*link);
+  const auto began = broken_.empty() ? Clock::time_point() : Clock::now();
   std::array<ibv_wc, kPollBatch> work;
   const int count = ibv_poll_cq(device_->cq(), kPollBatch, work.data());
   if (count < 0) {
@@ -34,6 +35,7 @@ size_t VerbsFabric::poll(FabricEvents& events) {
     events.on_down(Error(ErrorKind::kFabric, device_->error_text("polling the completion queue", -count)));
     return 0;
   }
+  if (count < kPollBatch) emptied_ = began;
   for (int i = 0; i < count; ++i) on_work(work[static_cast<size_t>(i)], events);
   device_->replenish();
   // By index: a completion's owner may post, and so break another link.
@@ -53,7 +55,13 @@ void VerbsFabric::on_work(const ibv_wc& work, FabricEvents& events) {
       return;
     case WorkId::Kind::kImmediate:
       device_->immediate_consumed();
-      if (good && work.opcode == IBV_WC_RECV_RDMA_WITH_IMM) events.on_immediate(ntohl(work.imm_data));
+      if (good && work.opcode == IBV_WC_RECV_RDMA_WITH_IMM) {
+        if (const auto link = links_by_qp_.find(work.qp_num); link != links_by_qp_.end()) {
+          if (link->second->arrived != nullptr) ++*link->second->arrived;
+          peer_of(*link->second).heard = true;
+        }
+        events.on_immediate(ntohl(work.imm_data));
+      }
       break;
     case WorkId::Kind::kMessage:
       if (good && work.opcode == IBV_WC_RECV) events.on_message(device_->message(id.index, work.byte_len));
@@ -123,6 +131,8 @@ size_t VerbsFabric::report_failures(FabricEvents& events) {
     events.on_complete(*failure.op, &failure.error);
   }
   failures_.clear();
+  for (size_t i = 0; i < arrived_.size(); ++i, ++count) events.on_complete(*arrived_[i], nullptr);
+  arrived_.clear();
   return count;
 }
 
@@ -137,7 +147,7 @@ void VerbsFabric::break_off(VerbsLink& link) {
   const size_t held = link.held.size();
   link.break_off();
   outstanding_ -= static_cast<uint32_t>(link.held.size() - held);
-  link.drained = Clock::now() + kDrainLimit;
+  link.drain.stop(Clock::now(), Clock::now() + kDrainLimit);
   remove(chained_, &link);
   remove(handshaking_, &link);
   broken_.push_back(&link);
@@ -147,6 +157,9 @@ void VerbsFabric::break_off(VerbsLink& link) {
 void VerbsFabric::finish_broken(VerbsLink& link) {
   Peer& peer = peer_of(link);
   queues_[link.pairing.local()] = nullptr;
+  links_by_qp_.erase(link.queue_pair());
+  if (link.pairing.remote() != 0) link.last = link.pairing.remote();
+  link.arrived = nullptr;
   link.close();
   while (FabricOp* op = link.take_back()) {
     --outstanding_;
@@ -207,8 +220,44 @@ void VerbsFabric::forget_failed() {
     if (!closed) continue;
     peer->links.clear();
     if (peer->numbered) continue;
+    forget(*peer);
     peers_by_id_.erase(peer->nic.id);
     peer.reset();
+  }
+}
+
+// What has arrived here its senders hold for delivered.
+void VerbsFabric::drain(FabricEvents& events) {
+  if (!device_) return;
+  const auto until = Clock::now() + kDrainLimit;
+  const auto wait = [&](auto&& ready) {
+    while (!ready() && !down_ && Clock::now() < until) poll(events);
+  };
+  const Error gone(ErrorKind::kPeer, "verbs " + device_->name() + ": the NIC is taken out");
+  for (size_t i = 0; i < peers_.size(); ++i) {  // by number: polls may add some
+    wait([&] { return device_->may_send_datagram(); });
+    if (!peers_[i] || peers_[i]->failed) continue;
+    if (!peers_[i]->self && device_->may_send_datagram()) say_bye(*peers_[i]);
+    fail_peer(*peers_[i], gone);
+  }
+  wait([&] { return broken_.empty() && device_->datagrams_sent(); });
+}
+
+// A peer that was killed says no goodbye, and a queue pair on which we send nothing never fails.
+void VerbsFabric::look_after(Peer& peer, Clock::time_point now) {
+  if (std::exchange(peer.heard, false)) peer.liveness.heard(now);
+  if (peer.self || peer.failed) return;
+  const auto link = std::find_if(peer.links.begin(), peer.links.end(), [](const auto& entry) {
+    return entry.second->is_open() && !entry.second->broken();
+  });
+  if (link == peer.links.end() && peer.numbered) return;  // the next operation makes one
+  if (peer.liveness.gone(now)) {
+    const auto silence = std::chrono::duration_cast<std::chrono::milliseconds>(2 * peer.liveness.patience());
+    fail_peer(peer, Error(ErrorKind::kPeer, "verbs " + device_->name() + ": " + peer.label +
+                                                " has given no sign of life for " +
+                                                std::to_string(silence.count()) + " ms"));
+  } else if (link != peer.links.end() && peer.liveness.ask(now)) {
+    send_hello(*link->second, true);
   }
 }
 
@@ -216,7 +265,7 @@ void VerbsFabric::keep_house(FabricEvents& events) {
   const auto now = Clock::now();
   for (size_t i = 0; i < broken_.size();) {
     VerbsLink* link = broken_[i];
-    if (link->outstanding() > 0 && now < link->drained) {
+    if (!link->drain.done(emptied_, link->outstanding() > 0, now)) {
       ++i;
       continue;
     }
@@ -227,6 +276,9 @@ void VerbsFabric::keep_house(FabricEvents& events) {
   if (!handshaking_.empty()) repeat_hellos(now);
   if (now < next_events_) return;
   next_events_ = now + kEventInterval;
+  for (const auto& peer : peers_) {
+    if (peer) look_after(*peer, now);
+  }
   forget_failed();
   std::optional<Error> last;
   const bool usable = device_->read_events([&](const Error& error) {

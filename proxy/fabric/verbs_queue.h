@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <chrono>
 #include <cstdint>
 #include <vector>
 
@@ -51,6 +52,52 @@ class SendQueue {
   std::vector<FabricOp*> ops_;
   uint32_t depth_;
   uint32_t head_ = 0, tail_ = 0;  // wrap around
+};
+
+// When a stopped queue pair may be destroyed. What it was sending has to come back. And some devices throw
+// away a queue pair's completions with it, among them those of immediates whose senders know already that
+// they have arrived: so the completion queue has to be found empty first, by a poll that began a while after
+// the stop, as a device may be in the middle of a packet.
+class Drain {
+ public:
+  using Time = std::chrono::steady_clock::time_point;
+
+  // `limit`: for sends to come back.
+  void stop(Time now, Time limit) {
+    settled_ = now + kSettles;
+    limit_ = limit;
+  }
+  // `emptied`: when the latest poll began that found the completion queue empty.
+  bool done(Time emptied, bool sending, Time now) const {
+    return emptied >= settled_ && (!sending || now >= limit_);
+  }
+
+ private:
+  static constexpr auto kSettles = std::chrono::milliseconds(2);
+  Time settled_{}, limit_{};
+};
+
+// Whether a peer is still there, by what comes from it. One that says nothing is asked, again and again; one
+// that does not answer for as long again is gone.
+class Liveness {
+ public:
+  using Time = std::chrono::steady_clock::time_point;
+  using Duration = std::chrono::nanoseconds;
+
+  explicit Liveness(Duration patience) : patience_(patience) {}
+  void heard(Time now) { heard_ = now; }
+  bool gone(Time now) const { return now - heard_ > 2 * patience_; }
+  // True: ask now.
+  bool ask(Time now) {
+    if (now - heard_ <= patience_ || now - asked_ <= patience_ / 8) return false;
+    asked_ = now;
+    return true;
+  }
+  Duration patience() const { return patience_; }
+
+ private:
+  Duration patience_;
+  Time heard_{}, asked_{};
 };
 
 // Receives that were posted and not yet consumed; says when to post more.

@@ -253,7 +253,8 @@ TEST_P(EngineTest, CloseEndsWhatIsUnderWay) {
   source->data()[0] = std::byte{1};  // still ours
 
   auto late = b.write_future({target.get(), 0, back.get(), 0, 8, 1});
-  if (late.wait_for(15s) != std::future_status::ready) FAIL() << "a write to a closed engine must end";
+  if (late.wait_for(scaled(15s)) != std::future_status::ready)
+    FAIL() << "a write to a closed engine must end";
   EXPECT_THROW(late.get(), Error);
 }
 

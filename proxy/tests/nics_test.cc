@@ -4,6 +4,7 @@
 #include <random>
 #include <thread>
 
+#include "proxy/bytes.h"
 #include "proxy/fabric/sim.h"
 #include "proxy/tests/support.h"
 
@@ -12,6 +13,12 @@ namespace {
 
 EngineConfig sim_nics(uint64_t seed, size_t nics, const std::string& network) {
   auto config = with_nics(sim(seed), nics);
+  config.sim.network = network;
+  return config;
+}
+
+EngineConfig efa_nics(uint64_t seed, size_t nics, const std::string& network) {
+  auto config = with_nics(efa_like(seed), nics);
   config.sim.network = network;
   return config;
 }
@@ -73,6 +80,7 @@ INSTANTIATE_TEST_SUITE_P(Pairs, NicCounts, ::testing::ValuesIn(nic_counts()), []
 
 struct Failure {
   bool local, tells;
+  EngineConfig (*network)(uint64_t seed, size_t nics, const std::string& name) = sim_nics;
 };
 
 class FailingNic : public ::testing::TestWithParam<Failure> {
@@ -84,7 +92,7 @@ class FailingNic : public ::testing::TestWithParam<Failure> {
 
 TEST_P(FailingNic, LosesNoBytes) {
   for (uint64_t seed = 0; seed < 15; ++seed) {
-    TransferEngine a(sim_nics(seed, 3, "failing")), b(sim_nics(seed + 100, 2, "failing"));
+    TransferEngine a(GetParam().network(seed, 3, "failing")), b(GetParam().network(seed + 100, 2, "failing"));
     constexpr size_t kParts = 60, kPart = 5000;
     auto source = a.allocate(kParts * kPart), target = b.allocate(kParts * kPart);
     auto remote = a.open(target->descriptor());
@@ -112,12 +120,13 @@ TEST_P(FailingNic, LosesNoBytes) {
 TEST_P(FailingNic, CountsNoImmediateTwice) {
   uint64_t succeeded = 0, failed = 0, retried = 0;
   for (uint64_t seed = 0; seed < 30; ++seed) {
-    auto config = sim_nics(seed, 2, "failing");
+    auto config = GetParam().network(seed, 2, "failing");
     config.sim.queue_depth = 16;  // so that some are under way and others wait
-    TransferEngine a(config), b(sim_nics(seed + 100, 3, "failing"));
+    TransferEngine a(config), b(GetParam().network(seed + 100, 3, "failing"));
     constexpr uint32_t kWrites = 100;
     auto source = a.allocate(4096), target = b.allocate(4096);
     auto remote = a.open(target->descriptor());
+    a.write_future({source.get(), 0, remote.get(), 0, 8, kWrites}).get();  // they know each other now
     std::vector<CompletionCounter> done(kWrites);
     for (uint32_t i = 0; i < kWrites; ++i) {
       if (i == 10 + seed) fail(a, b, 0);
@@ -146,11 +155,205 @@ TEST_P(FailingNic, CountsNoImmediateTwice) {
 
 INSTANTIATE_TEST_SUITE_P(Ways, FailingNic,
                          ::testing::Values(Failure{true, true}, Failure{true, false}, Failure{false, true},
-                                           Failure{false, false}),
+                                           Failure{false, false}, Failure{true, true, efa_nics},
+                                           Failure{false, true, efa_nics}),
                          [](const auto& info) {
-                           return std::string(info.param.local ? "own" : "peers") +
+                           return std::string(info.param.network == efa_nics ? "efa_" : "") +
+                                  (info.param.local ? "own" : "peers") +
                                   (info.param.tells ? "_known" : "_silent");
                          });
+
+// Sums up what an engine has sent and what its peer must find: writes of all kinds with few values of
+// immediates, so that counts alone would not tell which of them are missing, and messages.
+class Traffic {
+ public:
+  Traffic(TransferEngine& from, TransferEngine& to, uint64_t seed)
+      : from_(from),
+        to_(to),
+        rng_(seed),
+        source_(from.allocate(kSlots * kSlot)),
+        target_(to.allocate(kSlots * kSlot)) {
+    remote_ = from.open(target_->descriptor());
+    fill_random(source_->data(), source_->size(), seed);
+  }
+
+  void send(uint64_t i) {
+    const size_t slot = i % kSlots * kSlot, length = rng_() % 4 == 0 ? kSlot : rng_() % 3000;
+    WriteRequest request{source_.get(), slot, remote_.get(), slot, length, static_cast<uint32_t>(rng_() % 3)};
+    request.imm_per_shard = rng_() % 4 == 0;
+    expected_[*request.imm] += request.imm_per_shard ? from_.shards() : 1;
+    longest_[slot] = std::max(longest_[slot], length);
+    from_.write(request, &done_);
+    ++writes_;
+    if (i % 8 != 0) return;
+    const std::byte payload[2] = {static_cast<std::byte>(i), static_cast<std::byte>(i >> 8)};
+    from_.send(to_.address(), payload);
+    ++messages_;
+  }
+
+  void check() {
+    ASSERT_EQ(wait_done(from_, done_, writes_), writes_);
+    ASSERT_EQ(done_.failed(), 0u) << done_.error()->what();
+    for (auto [imm, count] : expected_) to_.imm_counter(imm).wait(count);
+    for (auto [slot, length] : longest_) {
+      ASSERT_EQ(std::memcmp(source_->data() + slot, target_->data() + slot, length), 0);
+    }
+    std::map<Bytes, int, BytesLess> seen;
+    for (size_t i = 0; i < messages_; ++i) ++seen[to_.recv().payload];
+    for (const auto& [payload, count] : seen) ASSERT_EQ(count, 1);
+  }
+  // Later, when whatever was on its way twice has come.
+  void check_again() {
+    for (auto [imm, count] : expected_) ASSERT_EQ(to_.imm_counter(imm).value(), count);
+    ASSERT_EQ(kind_of([&] { to_.recv(0s); }), ErrorKind::kTimeout) << "a message came twice";
+  }
+
+ private:
+  static constexpr size_t kSlots = 40, kSlot = 90000;
+  TransferEngine &from_, &to_;
+  std::mt19937_64 rng_;
+  std::shared_ptr<Region> source_, target_;
+  std::shared_ptr<RemoteRegion> remote_;
+  CompletionCounter done_;
+  std::map<uint32_t, uint64_t> expected_;
+  std::map<size_t, size_t> longest_;
+  uint64_t writes_ = 0;
+  size_t messages_ = 0;
+};
+
+// The invariant P60 of docs/protocol.md for networks that fence: as long as one way is left, everything
+// arrives once, whichever NICs fail on either side, whatever was under way then and whichever acknowledgement
+// was lost.
+TEST(FencedNics, LoseNothingAndRepeatNothing) {
+  uint64_t retried = 0;
+  for (uint64_t seed = 0; seed < property_runs(60); ++seed) {
+    std::mt19937_64 rng(seed);
+    const std::string network = "fenced " + std::to_string(seed);
+    const size_t nics[2] = {2 + rng() % 3, 2 + rng() % 3};
+    auto configure = [&](size_t count) {
+      auto config = fenced(sim_nics(rng(), count, network));
+      config.sim.queue_depth = 4 + rng() % 60;
+      return config;
+    };
+    TransferEngine a(configure(nics[0])), b(configure(nics[1]));
+    Traffic there(a, b, seed), back(b, a, seed + 1000);
+    constexpr uint64_t kWrites = 120;
+    std::map<uint64_t, std::pair<size_t, size_t>> failures;  // when, whose, which; one a side is left
+    for (size_t side = 0; side < 2; ++side) {
+      for (size_t nic = rng() % 2; nic + 1 < nics[side]; ++nic) failures[rng() % kWrites] = {side, nic};
+    }
+    for (uint64_t i = 0; i < kWrites; ++i) {
+      if (auto failure = failures.find(i); failure != failures.end()) {
+        auto [side, nic] = failure->second;
+        TransferEngine& victim = side == 0 ? a : b;
+        if (rng() % 3 == 0) {
+          victim.remove_nic(nic);
+        } else {
+          sim_break_nic(network, victim.address(), nic, rng() % 2 == 0);
+        }
+      }
+      there.send(i);
+      back.send(i);
+    }
+    there.check();
+    back.check();
+    ASSERT_FALSE(HasFatalFailure()) << "seed " << seed;
+    std::this_thread::sleep_for(1ms);
+    for (int i = 0; i < 300; ++i) a.progress(), b.progress();
+    there.check_again();
+    back.check_again();
+    ASSERT_FALSE(HasFatalFailure()) << "seed " << seed;
+    retried += a.stats().retries + b.stats().retries;
+  }
+  EXPECT_GT(retried, 100u);
+}
+
+// A peer that cannot tell what came, or does not answer, leaves an error that says so.
+TEST(FencedNics, WithoutAVerdictItIsAnError) {
+  auto config = fenced(sim_nics(1, 2, "no verdict"));
+  config.timeout = 300ms;
+  auto deaf = config;
+  deaf.sim.stall_every = 1;
+  deaf.sim.stall_polls = UINT32_MAX;
+  TransferEngine a(config), b(deaf);
+  auto source = a.allocate(64), target = b.allocate(64);
+  auto remote = a.open(target->descriptor());
+  std::vector<std::future<void>> writes;
+  for (int i = 0; i < 8; ++i) writes.push_back(a.write_future({source.get(), 0, remote.get(), 0, 64, 1}));
+  a.remove_nic(0);
+  bool doubted = false;
+  for (auto& write : writes) {
+    ASSERT_EQ(write.wait_for(10s), std::future_status::ready);
+    try {
+      write.get();
+      FAIL() << "nothing arrived";
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      if (text.find("did not say in time whether it arrived") == std::string::npos) continue;
+      doubted = true;
+      EXPECT_EQ(error.kind(), ErrorKind::kPeer);
+      EXPECT_NE(text.find("NIC 0 failed"), std::string::npos) << text;
+    }
+  }
+  EXPECT_TRUE(doubted);
+  EXPECT_EQ(b.imm_counter(1).value(), 0u);
+}
+
+// Buffers of messages that were given up come back with the NIC that held them.
+TEST(Nics, AbandonedMessagesGiveTheirBuffersBack) {
+  auto config = sim_nics(1, 2, "abandoned");
+  config.timeout = 100ms;
+  auto deaf = config;
+  deaf.sim.stall_every = 1;
+  deaf.sim.stall_polls = UINT32_MAX;
+  TransferEngine a(config), b(deaf);
+  std::vector<std::future<void>> sent;
+  for (int i = 0; i < 20; ++i) sent.push_back(a.send(b.address(), {}));
+  for (auto& message : sent) {
+    ASSERT_EQ(message.wait_for(10s), std::future_status::ready) << "also those that never got a buffer";
+    EXPECT_EQ(kind_of([&] { message.get(); }), ErrorKind::kTimeout);
+  }
+  EXPECT_EQ(a.details().peers[0].traffic.outstanding, 0u);
+  auto held = a.send(b.address(), {});
+  EXPECT_EQ(a.details().peers[0].traffic.outstanding, 0u) << "all 16 buffers of the peer are taken";
+  a.remove_nic(0);
+  ASSERT_TRUE(
+      a.wait_until([&] { return a.details().peers[0].traffic.outstanding == 1; }, Clock::now() + 10s));
+}
+
+// Whoever is told of a failure may get to know further peers at once. For AddressSanitizer above all.
+TEST(Nics, PeersMayBeMetWhileOneIsLost) {
+  auto config = sim_nics(1, 2, "met");
+  auto deaf = config;
+  deaf.sim.stall_every = 1;
+  deaf.sim.stall_polls = UINT32_MAX;
+  TransferEngine a(config), b(deaf);
+  std::vector<std::unique_ptr<TransferEngine>> others;
+  struct Meets final : CompletionSink {
+    void complete(const Error* error) noexcept override {
+      if (error == nullptr) return;
+      for (; !unmet.empty(); unmet.pop_back()) met.push_back(engine->open(unmet.back()));
+    }
+    TransferEngine* engine = nullptr;
+    std::vector<RegionDescriptor> unmet;
+    std::vector<std::shared_ptr<RemoteRegion>> met;
+  } meets;
+  meets.engine = &a;
+  constexpr size_t kOthers = 12;
+  auto small = sim_nics(2, 1, "met");
+  std::vector<std::shared_ptr<Region>> regions;
+  for (size_t i = 0; i < kOthers; ++i) {
+    others.push_back(std::make_unique<TransferEngine>(small));
+    regions.push_back(others.back()->allocate(64));
+    meets.unmet.push_back(regions.back()->descriptor());
+  }
+  auto source = a.allocate(64), target = b.allocate(64);
+  auto remote = a.open(target->descriptor());
+  for (int i = 0; i < 4; ++i) a.write({source.get(), 0, remote.get(), 0, 64, 1}, &meets);
+  a.remove_nic(0);
+  ASSERT_EQ(meets.met.size(), kOthers);
+  for (auto& one : meets.met) a.write_future({source.get(), 0, one.get(), 0, 64, 1}).get();
+}
 
 TEST(Nics, TheLastOneIsThePeers) {
   TransferEngine a(sim_nics(1, 2, "last")), b(sim_nics(2, 2, "last"));
@@ -215,6 +418,55 @@ TEST(Nics, AreCheckedWhenMade) {
   EXPECT_EQ(kind_of([] { TransferEngine engine(with_nics(local(), 9)); }), ErrorKind::kInvalidArgument);
   EXPECT_EQ(kind_of([] { TransferEngine engine(with_nics(provider("shm"), 2)); }),
             ErrorKind::kInvalidArgument);
+}
+
+// The network that stands for EFA is as strict.
+TEST(Efa, HasItsLimits) {
+  auto config = efa_like(1);
+  config.sim.network = "limits";
+  TransferEngine a(config), b(config);
+  EXPECT_LT(a.max_message(), 8192u);
+  auto source = a.allocate(4096), target = b.allocate(4096);
+  auto remote = a.open(target->descriptor());
+  constexpr uint32_t kWrites = 200;
+  CompletionCounter done;
+  std::vector<ImmCounter> counters;
+  for (uint32_t i = 0; i < kWrites; ++i) counters.push_back(b.imm_counter(i));
+  for (uint32_t i = 0; i < kWrites; ++i) a.write({source.get(), 0, remote.get(), 0, 4096, i}, &done);
+  uint32_t seen = 0;
+  bool overtaken = false;
+  b.wait_until(
+      [&] {
+        seen = 0;
+        for (uint32_t i = 0; i < kWrites; ++i) {
+          seen += counters[i].value() > 0 ? 1 : 0;
+          overtaken = overtaken || (counters[i].value() > 0 && seen <= i);
+        }
+        return seen == kWrites;
+      },
+      Clock::now() + 10s);
+  EXPECT_TRUE(overtaken) << "it has no order";
+  ASSERT_EQ(wait_done(a, done, kWrites), uint64_t{kWrites});
+  EXPECT_GT(a.stats().backpressure, 0u) << "its queues are short";
+  EXPECT_LE(a.details().nics[0].deepest, 64u);
+  // Writes without bytes need memory that is there.
+  target.reset();
+  auto refused = a.write_future({nullptr, 0, remote.get(), 0, 0, 1});
+  ASSERT_TRUE(
+      a.wait_until([&] { return refused.wait_for(0s) == std::future_status::ready; }, Clock::now() + 10s));
+  EXPECT_EQ(kind_of([&] { refused.get(); }), ErrorKind::kFabric);
+}
+
+TEST(Efa, AGreetingMayBeLost) {
+  auto config = efa_like(3);
+  config.sim.network = "lost greeting";
+  config.sim.lose_messages = 1;
+  TransferEngine a(config), b(config);
+  auto source = a.allocate(64), target = b.allocate(64);
+  auto write = a.write_future({source.get(), 0, a.open(target->descriptor()).get(), 0, 64, 1});
+  ASSERT_EQ(write.wait_for(8s), std::future_status::ready) << "it is repeated after a second";
+  write.get();
+  b.imm_counter(1).wait(1);
 }
 
 TEST(Efa, StrangersAreRefusedAndPeersIntroduceThemselves) {

@@ -52,7 +52,7 @@ class ProcessTest : public ::testing::TestWithParam<FabricCase> {
     to_child.drop(pid == 0 ? 1 : 0);
     to_parent.drop(pid == 0 ? 0 : 1);
     if (pid != 0) return;
-    alarm(60);
+    alarm(static_cast<unsigned>(60 * time_scale()));
     int code = 1;
     try {
       code = child() ? 0 : 1;
@@ -121,12 +121,12 @@ std::vector<FabricCase> between_processes() {
 
 TEST_P(ProcessTest, KilledPeerFailsWritesToItOnly) {
   auto config = GetParam().config;
-  config.timeout = GetParam().config.fabric == "verbs" ? 12s : 3s;  // emulated NICs are slow
+  config.timeout = GetParam().config.fabric == "verbs" ? scaled(12s) : 3s;  // emulated NICs are slow
   start([&] {
     TransferEngine engine(config);
     auto target = engine.allocate(kSize);
     to_parent.put(target->descriptor().bytes());
-    engine.imm_counter(1).wait(1, 30s);
+    engine.imm_counter(1).wait(1, scaled(30s));
     to_parent.put({std::byte{1}});
     for (;;) engine.progress();
     return true;
@@ -151,7 +151,7 @@ TEST_P(ProcessTest, KilledPeerFailsWritesToItOnly) {
     engine.write({source.get(), 0, remote.get(), 0, kSize, 1}, &lost);
     engine.write({source.get(), 0, to_other.get(), 0, kSize, 1}, &good);
   }
-  other.imm_counter(1).wait(kWrites, 20s);
+  other.imm_counter(1).wait(kWrites, scaled(20s));
   // shm of libfabric 1 completes in order over all peers, so that there a dead one holds up the rest.
   if (GetParam().name != "shm") {
     EXPECT_EQ(wait_done(engine, good, kWrites), kWrites);

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "proxy/engine/engine.h"
+#include "proxy/fabric/sim.h"
 
 namespace pplx::testing {
 
@@ -57,16 +60,30 @@ inline EngineConfig with_nics(EngineConfig config, size_t nics) {
   return config;
 }
 
-// What AWS EFA does not promise, and what it asks for. Immediates of 4 bytes and no inject are the engine's
-// own limits already.
 inline EngineConfig efa_like(uint64_t seed) {
   EngineConfig config = sim(seed);
   config.endpoints = 4;
-  config.sim.max_delay = 6;
-  config.sim.queue_depth = 16;
-  config.sim.max_write = 1 << 20;
-  config.sim.mutual = true;
+  config.sim = efa_limits(seed);
   return config;
+}
+
+// Connections as those of RC queue pairs.
+inline EngineConfig fenced(EngineConfig config) {
+  config.sim.fences = true;
+  return config;
+}
+
+// tests/soft_roce gives emulated machines more time.
+inline double time_scale() {
+  const char* text = std::getenv("PPLX_TEST_TIME_SCALE");
+  return text == nullptr ? 1.0 : std::max(1.0, std::atof(text));
+}
+inline Duration scaled(Duration limit) { return std::chrono::duration_cast<Duration>(limit * time_scale()); }
+
+// Runs of a property test: PPLX_TEST_RUNS multiplies them, for long searches.
+inline uint64_t property_runs(uint64_t few) {
+  const char* text = std::getenv("PPLX_TEST_RUNS");
+  return few * (text == nullptr ? 1 : std::max(1ULL, std::strtoull(text, nullptr, 10)));
 }
 
 // Why fabric "verbs" cannot be tested on this machine; tests/soft_roce makes one where it can. Without
@@ -80,9 +97,10 @@ inline std::optional<std::string> no_verbs() {
 
 inline EngineConfig verbs(int endpoints = 1) {
   EngineConfig config = provider("verbs", endpoints);
-  config.timeout = 30s;  // emulated NICs are slow
+  config.timeout = scaled(30s);  // emulated NICs are slow
+  config.verbs.connect_timeout = scaled(10s);
   config.verbs.ack_timeout = 14;
-  config.verbs.job = "test";
+  config.job = "test";
   return config;
 }
 
@@ -110,6 +128,7 @@ inline std::vector<FabricCase> all_fabrics() {
                                    {"shm", provider("shm")},
                                    {"tcp_x4", provider("tcp", 4)},
                                    {"sim_efa", efa_like(6)},
+                                   {"sim_fences", with_nics(fenced(sim(9)), 2)},
                                    {"sim_nics3", with_nics(sim(7), 3)},
                                    {"efa_nics2", with_nics(efa_like(8), 2)},
                                    {"tcp_nics2", with_nics(provider("tcp"), 2)}};
@@ -143,7 +162,7 @@ ErrorKind kind_of(Function&& function) {
 
 inline uint64_t wait_done(TransferEngine& engine, const CompletionCounter& counter, uint64_t n,
                           Duration timeout = 20s) {
-  engine.wait_until([&] { return counter.done() >= n; }, Clock::now() + timeout);
+  engine.wait_until([&] { return counter.done() >= n; }, Clock::now() + scaled(timeout));
   return counter.done();
 }
 

@@ -49,6 +49,7 @@ class Pair {
     ByteWriter out;
     out.put(kMagic);
     out.put(type);
+    out.put(uint64_t{0});
     out.blob(sender_);
     out.raw(body);
     return out.take();

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "proxy/fabric/sim.h"
 #include "xla_ffi/cpu_exchange.h"
 #include "xla_ffi/registry.h"
 #include "xla_ffi/tests/compare.h"
@@ -43,15 +44,12 @@ inline EngineConfig provider(const std::string& name, int endpoints = 1) {
   return config;
 }
 
-// What AWS EFA does not promise, and what it asks for: sprayed endpoints, small queues, no access by
-// strangers.
 inline EngineConfig efa_like(uint64_t seed) {
   EngineConfig config = sim(seed);
   config.endpoints = 4;
-  config.sim.max_delay = 6;
-  config.sim.max_pieces = 5;
-  config.sim.queue_depth = 16;
-  config.sim.mutual = true;
+  const std::string network = config.sim.network;
+  config.sim = efa_limits(seed);
+  config.sim.network = network;
   return config;
 }
 
