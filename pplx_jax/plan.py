@@ -384,7 +384,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row(f"of {plan.cluster.memory:.0f} GB", f"{plan.total / 1e9:.2f}")
     if plan.cluster.hosts > 1:
         pinned = 2 * plan.exchange["regions"]
-        table.add_row("and pinned on the host, for other hosts' ranks", f"{pinned / 1e9:.2f}")
+        table.add_row("and for other hosts' ranks (on the host, if NICs reach no GPU)", f"{pinned / 1e9:.2f}")
     return table
 
 

@@ -103,6 +103,7 @@ void run(const std::vector<bool>& device, const EngineConfig& engine, uint64_t e
   }
   for (auto& rank : ranks) rank->group->connect(endpoints);
   std::vector<std::jthread> threads;
+  threads.reserve(kRanks);
   for (auto& rank : ranks) {
     threads.emplace_back([&rank, exchanges] {
       for (uint64_t i = 0; i < exchanges && !::testing::Test::HasFailure(); ++i) rank->exchange(i);
