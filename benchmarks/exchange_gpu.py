@@ -19,8 +19,8 @@ that differ.
 Wire bytes are those that leave a rank, one row a (token, other rank); logical bytes are a row for every
 (token, expert), there and back. The floor is the time that the wire bytes take at the rate of a large copy
 from GPU to GPU, or the bytes that move through a rank's own memory at the rate of a large copy in it,
-whichever is longer; both rates are measured in the same run. Each exchange adds the time of a flag from GPU
-to GPU. For --proxy the GPUs have no way to each other but the host.
+whichever is longer. Each exchange adds the time of a flag from GPU to GPU, half a round trip. All of that is
+measured in the same run. For --proxy the GPUs have no way to each other but the host.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ import ragged_baseline
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pplx_jax import ExpertParallel
+from pplx_jax import ExpertParallel, gpu
 
 SPEC, STACK = P("ep"), P(None, "ep")
 # Microseconds of DeepEP 1.2.1 between 2 H200 of one host over NVLink, measured on the kind of machine that
@@ -54,8 +54,6 @@ DEEPEP = {
     (4096, "fp8"): (126.0, 227.0),  # the same
     (4096, None): (219.0, 227.0),  # the same
 }
-# From a store to the peer that sees it: half a round trip between the same two.
-FLAG_US = 0.65
 # Programs that XLA would record by itself are launched kernel by kernel, unless the replay is timed.
 UNRECORDED = {"xla_gpu_graph_min_graph_size": 1_000_000}
 RECORDED = {"xla_gpu_graph_min_graph_size": 1}
@@ -342,7 +340,16 @@ def copy_rates(devices: Sequence[jax.Device]) -> tuple[float, float]:
     return copies * size / (median_us(move, (local,), 10) / 1e6), memory
 
 
-def floor_us(shape: Shape, load: Load, rates: tuple[float, float]) -> tuple[float, float, float]:
+def flag_us(devices: Sequence[jax.Device]) -> float:
+    """Microseconds from a store into a peer's memory to the load there that sees it; 0 for one GPU."""
+    if len(devices) < 2:
+        return 0.0
+    extension = gpu.extension()
+    assert extension is not None
+    return float(extension.flag_latency_us(gpu.ordinal(devices[0]), gpu.ordinal(devices[1])))
+
+
+def floor_us(shape: Shape, load: Load, rates: tuple[float, float], flag: float) -> tuple[float, float, float]:
     """Wire bytes, logical bytes and the floor of a pair, for one rank."""
     row = 2.0 * shape.hidden
     token = row if shape.quant is None else shape.hidden * (1 + 4 / 128)
@@ -352,7 +359,7 @@ def floor_us(shape: Shape, load: Load, rates: tuple[float, float]) -> tuple[floa
     copies = load.wire_rows * shape.ranks / max(shape.ranks - 1, 1)
     through = copies * 2 * (token + row) + logical
     over_links = wire / rates[0] if shape.ranks > 1 else 0.0
-    return wire, logical, 2 * FLAG_US + 1e6 * max(over_links, through / rates[1])
+    return wire, logical, 2 * flag + 1e6 * max(over_links, through / rates[1])
 
 
 # --- the run ---------------------------------------------------------------------------------------------
@@ -385,11 +392,11 @@ def gpus() -> list[jax.Device]:
 def run(options: argparse.Namespace) -> list[Row]:
     devices = gpus()[: options.ranks]
     mesh = Mesh(np.array(devices), ("ep",))
-    rates = copy_rates(devices)
+    rates, flag = copy_rates(devices), flag_us(devices)
     print(
         f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}, hidden {options.hidden}, "
         f"top-{options.top_k} of {options.experts}, bfloat16; GPU to GPU {rates[0] / 1e9:.0f} GB/s, in "
-        f"memory {rates[1] / 1e9:.0f} GB/s read and written"
+        f"memory {rates[1] / 1e9:.0f} GB/s read and written, a flag {flag:.2f} us"
         + (f"; by proxy, {options.proxy}" * bool(options.proxy))
     )
     print(
@@ -400,7 +407,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     for tokens, quant in itertools.product(options.tokens, options.quant):
         shape = Shape(tokens, quant, options.hidden, options.experts, options.top_k, len(devices))
         load = make_load(shape, mesh)
-        wire, logical, floor = floor_us(shape, load, rates)
+        wire, logical, floor = floor_us(shape, load, rates, flag)
 
         def add(
             contender: Contender,

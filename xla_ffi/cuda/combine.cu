@@ -1,7 +1,8 @@
 // What goes home: combine and the transpose of dispatch. One reduced row for every slot.
 //
 // What this rank owes itself is reduced where it is gathered. Of few tokens every block sends and gathers its
-// share; of many, some blocks send and the others gather, until nothing is left to send.
+// share; of many, some blocks send at once, the others find out where this rank's tokens are and gather them,
+// and all gather when nothing is left to send.
 #include "xla_ffi/cuda/kernels.h"
 #include "xla_ffi/cuda/launch.cuh"
 #include "xla_ffi/cuda/move.cuh"
@@ -12,7 +13,7 @@ namespace pplx::moe::cuda {
 namespace {
 
 // Of the blocks, where some only send at first.
-constexpr double kSenderShare = 0.5;
+constexpr double kSenderShare = 0.4;
 
 // Of combine and dispatch's transpose alike.
 struct HomeSend {
@@ -38,8 +39,9 @@ struct Home {
   Exchange& exchange;
   BlockState& state;
   const SlotTables& tables;
-  Span share;  // of the round's tokens
+  Span share = cuda::share(args.length(), args.begin(), args.gatherers);  // of the round's tokens, if any
   int32_t* slots = nullptr;
+  bool counted = true;  // whether this block knows how many slots this rank's tokens have elsewhere
 
   static constexpr int kWidth = kVec<T>;
 
@@ -84,9 +86,8 @@ struct Home {
     const Roles<kSend, kRecv> roles(args);
     bool usable = true, sends = kSend && roles.sends;
     if constexpr (kRecv) {
-      if (roles.places) usable = number(roles.placers);
+      if (roles.places && !(roles.split && sends)) usable = number(roles.placers);
     }
-    const int32_t others = kRecv ? shape.num_ranks - 1 : shape.num_ranks;
     const Ring ring(tables.end + warp_id() * kRingBytes);
     Queue queue{};
     uint64_t* sent = nullptr;  // epoch of what was sent last
@@ -97,7 +98,7 @@ struct Home {
     };
     if (sends) {
       announce(roles.senders, poisoned);
-      queue = exchange.queue(kSendQueue, poisoned ? 0 : *tables.most, others * args.parts);
+      queue = exchange.queue(kSendQueue, poisoned ? 0 : *tables.most, args.partners.by * args.parts);
     } else if (!begin_gathering(roles, usable, queue)) {
       return;
     }
@@ -109,17 +110,20 @@ struct Home {
         sends = false;
         publish();
         end_sending(roles.senders, poisoned);
+        if constexpr (kRecv) {
+          if (roles.split) usable = await_numbers();
+        }
         if (!begin_gathering(roles, usable, queue)) return;
         continue;
       }
       Work work{.terms = {.weight = 1.0F}};
-      if (sends ? !prepare_send(unit, others, work) : !prepare_gather(unit, work)) continue;
-      const Span part = part_of_row(unit & (args.parts - 1));
+      if (sends ? !prepare_send(unit, work) : !prepare_gather(unit, work)) continue;
+      const Span part = sends ? part_of_row(unit, args.part_shift, 1) : gathered_part(unit);
       if (!add_up<T, W>(
               ring, work.terms, part, [&] { return await_slots(work); }, publish))
         return;
       if (sends) {
-        end_send(unit, others, work);
+        end_send(unit, work);
         sent = work.word;
       } else if (!end_gather(unit, work)) {
         return;
@@ -127,9 +131,14 @@ struct Home {
     }
   }
 
-  __device__ __forceinline__ Span part_of_row(int32_t number) const {
-    const int32_t vecs = args.row_bytes / 16;
-    return {(vecs * number >> args.part_shift), (vecs * (number + 1) >> args.part_shift)};
+  // Of a unit of work, rows being cut into 1 << shift parts at multiples of `grain` vectors.
+  __device__ __forceinline__ Span part_of_row(int32_t unit, int32_t shift, int32_t grain) const {
+    const int32_t vecs = args.row_bytes / 16, number = unit & ((1 << shift) - 1);
+    const auto cut = [&](int32_t at) { return min(((vecs * at >> shift) + grain - 1) & -grain, vecs); };
+    return {cut(number), cut(number + 1)};
+  }
+  __device__ __forceinline__ Span gathered_part(int32_t unit) const {
+    return part_of_row(unit, args.gather_shift, args.gather_grain);
   }
 
   // Rows of this GPU that make up a slot: an entry a lane.
@@ -155,7 +164,7 @@ struct Home {
   }
 
   __device__ __forceinline__ void end_sending(const Team& team, bool poisoned) {
-    if (team.thread() == 0) trace(5);
+    if (lane_id() == 0) trace(5);
     if (!exchange.has_proxy()) return;
     team.sync();
     if (team.thread() == 0) {
@@ -164,17 +173,17 @@ struct Home {
   }
 
   // False: there is no such slot.
-  __device__ __forceinline__ bool prepare_send(int32_t unit, int32_t ranks, Work& work) {
-    const SlotPart to = slot_part(args, unit, ranks);
+  __device__ __forceinline__ bool prepare_send(int32_t unit, Work& work) {
+    const SlotPart to = slot_part(args, unit);
     if (to.slot >= tables.received[to.rank]) return false;
     take_rows(to.rank, to.slot, work.terms);
     work.terms.out = exchange.outgoing(to.rank) + args.first_slot + int64_t{to.slot} * args.stride;
     work.word = exchange.epoch_of_sent(to.rank, to.slot, to.part);
     return true;
   }
-  __device__ __forceinline__ void end_send(int32_t unit, int32_t ranks, const Work& work) {
+  __device__ __forceinline__ void end_send(int32_t unit, const Work& work) {
     if (send.returns != nullptr && (unit & (args.parts - 1)) == 0 && lane_id() < args.entries) {
-      const SlotPart to = slot_part(args, unit, ranks);
+      const SlotPart to = slot_part(args, unit);
       const int32_t row = slot_row(args, send.route, to.rank, to.slot, exchange);
       reinterpret_cast<float*>(work.terms.out + args.home_stride)[lane_id()] =
           row >= 0 ? send.returns[row] : 0.0F;
@@ -185,7 +194,18 @@ struct Home {
   // --- home side ---
 
   __device__ __forceinline__ bool number(const Team& team) {
-    return number_own_tokens<kTopK>(args, team, share, recv.home, exchange, tables, slots);
+    return number_own_tokens<kTopK>(args, team, args.gatherers, share, recv.home, exchange, tables, slots);
+  }
+  // By all threads of a block that was not among them. False: unusable, or stopped.
+  __device__ __forceinline__ bool await_numbers() {
+    exchange.await_crew(meetings(args), args.gatherers);
+    counted = false;
+    return load_volatile(&args.control->worst[exchange.lane()]) == 0;
+  }
+
+  // Of the parts that a row is gathered in.
+  __device__ __forceinline__ bool is_first(int32_t unit) const {
+    return (unit & ((1 << args.gather_shift) - 1)) == 0;
   }
 
   // False: there is nothing to gather.
@@ -193,16 +213,16 @@ struct Home {
                                                   Queue& queue) {
     if (!kRecv) return false;
     if (roles.places) await_all(roles.placers, usable);
-    roles.ready();
+    roles.ready(state);
     if (threadIdx.x == 0) trace(8);
-    queue = exchange.queue(kKeepQueue, args.length(), args.parts);
+    queue = exchange.queue(kKeepQueue, args.length(), 1 << args.gather_shift);
     return !exchange.stopped() && load_volatile(&state.poisoned) == 0;
   }
 
   __device__ __forceinline__ void await_all(const Team& team, bool usable) {
     if (team.thread() == 0) trace(4);
     if (!await_headers(args, team, exchange, tables,
-                       usable ? static_cast<int32_t*>(tables.counts.ranks_total) : nullptr))
+                       usable && counted ? static_cast<int32_t*>(tables.counts.ranks_total) : nullptr))
       usable = false;
     if (team.thread() != 0) return;
     trace(7);
@@ -223,12 +243,12 @@ struct Home {
 
   // False: nothing is to be added up.
   __device__ __forceinline__ bool prepare_gather(int32_t unit, Work& work) {
-    const int32_t token = args.begin() + (unit >> args.part_shift), part = unit & (args.parts - 1);
+    const int32_t token = args.begin() + (unit >> args.gather_shift);
     const Destinations to = destinations_of(args, recv.home, slots, token);
     Terms& terms = work.terms;
     terms.out = static_cast<std::byte*>(recv.out) + int64_t{token} * args.row_bytes;
     if (__ballot_sync(kAllLanes, to.rank >= 0 && tables.poisoned[max(to.rank, 0)] != 0) != 0) {
-      write_nans(terms.out, token, part);
+      write_nans(terms.out, token, unit);
       return false;
     }
     const uint32_t here = __ballot_sync(kAllLanes, is_here(to));
@@ -238,6 +258,7 @@ struct Home {
     if (recv.start != nullptr && __shfl_sync(kAllLanes, to.expert, 0) != kPastEnd)
       terms.start = static_cast<const std::byte*>(recv.start) + int64_t{token} * args.row_bytes;
     if (to.leads && !is_here(to)) {
+      const int32_t part = (unit & ((1 << args.gather_shift) - 1)) >> (args.gather_shift - args.part_shift);
       work.word = exchange.epoch_of_received(to.rank, to.slot, part);
       work.rank = to.rank;
     }
@@ -266,9 +287,9 @@ struct Home {
 
   // False: stopped.
   __device__ __forceinline__ bool end_gather(int32_t unit, const Work& work) {
-    if (recv.returned == nullptr || (unit & (args.parts - 1)) != 0) return true;
+    if (recv.returned == nullptr || !is_first(unit)) return true;
     if (!await_slots(work)) return false;  // of a part without values
-    const int32_t token = args.begin() + (unit >> args.part_shift);
+    const int32_t token = args.begin() + (unit >> args.gather_shift);
     const Destinations to = destinations_of(args, recv.home, slots, token);
     const uint32_t here = __ballot_sync(kAllLanes, is_here(to));
     int32_t row = -1;
@@ -284,16 +305,16 @@ struct Home {
     return true;
   }
 
-  __device__ __forceinline__ void write_nans(std::byte* out, int32_t token, int32_t number) const {
+  __device__ __forceinline__ void write_nans(std::byte* out, int32_t token, int32_t unit) const {
     constexpr float kNan = __builtin_nanf("");
-    const Span part = part_of_row(number);
+    const Span part = gathered_part(unit);
     float nans[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) nans[j] = kNan;
     for (int32_t at = part.begin + lane_id(); at < part.end; at += kWarp) {
       store_vec(out + int64_t{at} * 16, pack<T>(nans));
     }
-    if (number == 0 && recv.returned != nullptr && lane_id() < shape.top_k) {
+    if (is_first(unit) && recv.returned != nullptr && lane_id() < shape.top_k) {
       recv.returned[int64_t{token} * shape.top_k + lane_id()] = kNan;
     }
   }
@@ -329,9 +350,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ BlockState state;
   Exchange exchange(args, state);
   exchange.begin<kSend>();
-  Home<T, W, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
-                                  exchange, state,      tables, share(args.length(), args.begin())}
-      .run();
+  Home<T, W, kTopK, kSend, kRecv>{args, args.shape, send, recv, exchange, state, tables}.run();
 }
 
 size_t shared_bytes(const MoeShape& shape) {
@@ -355,7 +374,8 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const HomeSend& send, const HomeRecv& recv, float* ticket_out,
                     const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
+    return launch_rounds(call, ticket_out, ticket_in,
+                         {.sender_share = kSend && kRecv ? kSenderShare : 1, .senders_begin = kSend && kRecv},
                          [&](const Args& args) {
                            return launch(kernel, call, shared_bytes(call.shape), args, send, recv,
                                          SlotTables(call.shape));

@@ -48,8 +48,8 @@ struct Cotangents {
       bool usable = read_received(args, route(), exchange, tables);
       if constexpr (kSend) {
         // A block that gives up would leave the others waiting for it.
-        const bool own =
-            number_own_tokens<kTopK>(args, everybody, share, send.route.home, exchange, tables, slots);
+        const bool own = number_own_tokens<kTopK>(args, everybody, args.gatherers, share, send.route.home,
+                                                  exchange, tables, slots);
         usable = usable && own;
       }
       if (threadIdx.x == 0 && !usable) state.poisoned = 1;
@@ -76,7 +76,7 @@ struct Cotangents {
         await_headers(args, roles.placers, exchange, tables,
                       poisoned ? nullptr : static_cast<int32_t*>(tables.received));
       }
-      roles.ready();
+      roles.ready(state);
       if (!exchange.stopped() && !poisoned) receive_rows();
     }
   }
@@ -124,7 +124,6 @@ struct Cotangents {
 
   // By every warp: own tokens, then the tail, then the other sources', from the next rank on.
   __device__ __forceinline__ void receive_rows() {
-    const int32_t ranks = kSend ? shape.num_ranks - 1 : shape.num_ranks;
     if constexpr (kSend) {
       const Queue keeps = exchange.queue(kKeepQueue, args.length(), args.parts);
       for (int32_t unit = keeps.take(); unit < keeps.end; unit = keeps.take()) {
@@ -136,9 +135,9 @@ struct Cotangents {
     for (int32_t row = clears.take(); row < clears.end; row = clears.take()) {
       clear_bytes(static_cast<std::byte*>(recv.d_y) + int64_t{row} * args.row_bytes, shape.row_bytes());
     }
-    const Queue receives = exchange.queue(kReceiveQueue, *tables.most, ranks * args.parts);
+    const Queue receives = exchange.queue(kReceiveQueue, *tables.most, args.partners.by * args.parts);
     for (int32_t unit = receives.take(); unit < receives.end; unit = receives.take()) {
-      const SlotPart from = slot_part(args, unit, ranks);
+      const SlotPart from = slot_part(args, unit);
       if (from.slot >= tables.received[from.rank]) continue;
       if (tables.poisoned[from.rank] != 0) {
         poison_rows(from.rank, from.slot);
@@ -168,7 +167,7 @@ struct Cotangents {
     int64_t end = 0;
     for (int32_t e = lane_id(); e < shape.experts_per_rank; e += kWarp) end += recv.group_sizes[e];
     end = min(max(warp_sum(end), int64_t{0}), recv.route.rows);
-    return cuda::share(static_cast<int32_t>(recv.route.rows - end), static_cast<int32_t>(end));
+    return share_of_rows(end, recv.route.rows);
   }
 
   __device__ __forceinline__ void keep_row(int32_t token, int32_t number) {
@@ -249,8 +248,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ BlockState state;
   Exchange exchange(args, state);
   exchange.begin<kSend>();
-  Cotangents<T, kTopK, kSend, kRecv>{
-      args, args.shape, send, recv, exchange, state, tables, clears_tail, share(args.length(), args.begin())}
+  Cotangents<T, kTopK, kSend, kRecv>{args,   args.shape,  send,
+                                     recv,   exchange,    state,
+                                     tables, clears_tail, share(args.length(), args.begin(), args.everybody)}
       .run();
 }
 
@@ -281,7 +281,7 @@ cudaError_t enqueue(const KernelCall& call, const CombineTransposeSend& send,
   const bool clears_tail = call.shape.zero_tail && !has_holes(call.shape);
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
     return launch_rounds(call, ticket_out, ticket_in,
-                         {.sender_share = kSend && kRecv ? kSenderShare : 1, .whole_rows = true},
+                         {.sender_share = kSend && kRecv ? kSenderShare : 1, .most_units = 1},
                          [&](const Args& args) {
                            return launch(kernel, call, table_bytes(call.shape), args, send, recv,
                                          SlotTables(call.shape), clears_tail);

@@ -104,7 +104,6 @@ struct Control {
   uint32_t taken[kMaxLanes][kQueues];   // units of the kernel's queues
   unsigned long long worst[kMaxLanes];  // of what blocks found wrong with the data, complemented; 0: nothing
   uint32_t step_spoiled[kMaxLanes];     // a round's outputs were poisoned
-  uint32_t tainted[kMaxLanes];          // a route's row was out of range: outputs are poisoned
   uint32_t failed;                      // Fault of the group
   uint32_t failure_claimed;
   unsigned long long data_errors_claimed;

@@ -15,6 +15,8 @@ namespace {
 
 // Of the blocks, where some only send at first.
 constexpr double kSenderShare = 0.36;
+// More parts of a row cost more in epochs than more warps gain.
+constexpr int32_t kMostUnits = 4;
 
 template <typename T, int kTopK, bool kSend, bool kRecv>
 struct Dispatch {
@@ -50,13 +52,12 @@ struct Dispatch {
     __syncthreads();
     if (open) {
       const Roles<kSend, kRecv> roles(args);
-      bool sound = true;
       if constexpr (kSend) {
-        if (roles.plans()) sound = plan(roles.planners());
+        if (roles.plans()) plan(roles.planners());
       }
       if (threadIdx.x == 0) trace(4);
       // Where all blocks planned together they may have been stopped.
-      if (!roles.split || __syncthreads_or(exchange.stopped() ? 1 : 0) == 0) exchange_rows(roles, !sound);
+      if (!roles.split || __syncthreads_or(exchange.stopped() ? 1 : 0) == 0) exchange_rows(roles);
     }
     exchange.template finish<kSend, kRecv>([&] {
       if constexpr (kRecv) poison();
@@ -74,36 +75,34 @@ struct Dispatch {
     return args.senders != 0 && shape.rounds(args.tokens) == 1;
   }
 
-  __device__ __forceinline__ void exchange_rows(const Roles<kSend, kRecv>& roles, bool poisoned) {
+  __device__ __forceinline__ void exchange_rows(const Roles<kSend, kRecv>& roles) {
     if constexpr (kSend) {
       if (roles.sends) {
         roles.planned();
-        if constexpr (kRecv) {
-          if (!roles.split) practise(roles.senders);
-        }
-        send_rows(roles.senders, poisoned);
+        send_rows(roles.senders, load_volatile(&state.bad) != ~0ULL);
       }
     }
     if constexpr (kRecv) {
       bool placed = false;
       if (roles.places) placed = place_rows(roles.placers);
-      roles.ready();
+      roles.ready(state);
       if (placed) describe(roles.placers);
-      if (roles.places && blockIdx.x == 0 && !exchange.stopped()) check_headers(roles.placers);
       if (kSend && roles.places) roles.planned();
       if (!exchange.stopped() && load_volatile(&state.poisoned) == 0) receive_rows();
+      if (roles.places && blockIdx.x == 0 && !exchange.stopped()) check_headers(roles.placers);
     }
   }
 
   // --- home side ---
 
-  // By a team. False: this rank's data is wrong.
-  __device__ __forceinline__ bool plan(const Team& team) {
+  // By a team.
+  __device__ __forceinline__ void plan(const Team& team) {
     int32_t num_tokens = *send.num_tokens;
     find_places(shape, team, send.expert_map, tables);
     if (threadIdx.x == 0) trace(2);
     const bool miscounted = num_tokens < 0 || num_tokens > args.tokens;
     if (miscounted) num_tokens = 0;
+    if (miscounted && threadIdx.x == 0) state.bad = static_cast<unsigned long long>(Fault::kNumTokens);
     const bool announces = static_cast<int32_t>(blockIdx.x) < shape.num_ranks;
     const bool totals = adds_up() || (announces && args.round == 0);
     const Routing<kTopK> routing{shape, send, tables, share, homes, num_tokens, &state.bad};
@@ -111,17 +110,15 @@ struct Dispatch {
     count_tokens<kTopK>(args, team, span, share, tables.counts, totals, routing);
     team.sync();
     if (threadIdx.x == 0) trace(3);
-    if (threadIdx.x == 0) {
-      if (miscounted) state.bad = static_cast<unsigned long long>(Fault::kNumTokens);
-      // Where others count the rest, what is wrong anywhere must be known everywhere.
-      if (adds_up() && state.bad != ~0ULL) atomicMax(&args.control->worst[exchange.lane()], ~state.bad);
-    }
     if (adds_up()) {
-      add_up_shares(args, exchange, tables.counts);
-      if (exchange.stopped()) return true;  // nothing is announced that is not all
-      if (threadIdx.x == 0) state.bad = ~load_volatile(&args.control->worst[exchange.lane()]);
+      // Where others count the rest, what is wrong anywhere must be known everywhere.
+      unsigned long long& worst = args.control->worst[exchange.lane()];
+      if (threadIdx.x == 0 && state.bad != ~0ULL) atomicMax(&worst, ~state.bad);
+      add_up_shares(args, args.everybody, exchange, tables.counts);
+      if (exchange.stopped()) return;  // nothing is announced that is not all
+      if (threadIdx.x == 0) state.bad = ~load_volatile(&worst);
+      team.sync();
     }
-    team.sync();
     const bool sound = state.bad == ~0ULL;
     if (!sound) {
       if (threadIdx.x == 0) {
@@ -136,21 +133,28 @@ struct Dispatch {
       }
       team.sync();
     }
-    const Team announcers{kThreads / 4, team.threads - kThreads / 4, 3};
+    const Team announcers{kThreads / 4, team.threads - kThreads / 4, 0};
     if (team.warp() == 0) {
       number_tokens<kTopK, true>(args, share, tables.counts, homes, slots, ordinals);
     } else if (announcers.has_me()) {
-      for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) {
-        announce(announcers, rank, !sound);
-      }
+      each_announced([&](int32_t rank) { announce_counts(announcers, rank); });
     }
     // Any block may take any token.
     if (args.senders != 0) {
-      exchange.meet(adds_up() ? 2 : 1);
+      exchange.meet(adds_up() ? 2 : 1, args.everybody);
     } else {
       team.sync();
     }
-    return sound;
+    // Headers last: nobody waits for them before rows, and each waits for all that its warp has written.
+    if (team.thread() == team.threads - 1) {
+      each_announced([&](int32_t rank) { exchange.announce(rank, tables.counts.ranks_total[rank], !sound); });
+    }
+  }
+
+  // Ranks that this block tells what it sends them.
+  template <typename Visit>
+  __device__ __forceinline__ void each_announced(Visit&& visit) const {
+    for (int32_t rank = blockIdx.x; rank < shape.num_ranks; rank += gridDim.x) visit(rank);
   }
 
   __device__ __forceinline__ void report() {
@@ -161,7 +165,7 @@ struct Dispatch {
     exchange.data_error(fault, shape.rank, token, k, send.indices[token * shape.top_k + k]);
   }
 
-  __device__ __forceinline__ void announce(const Team& team, int32_t rank, bool poisoned) {
+  __device__ __forceinline__ void announce_counts(const Team& team, int32_t rank) {
     const int32_t experts = shape.experts_per_rank;
     const int32_t* counts = tables.counts.experts_total + rank * experts;
     if (exchange.direct(rank)) {
@@ -169,21 +173,12 @@ struct Dispatch {
         exchange.announce_count(rank, e, counts[e]);
       }
       if (team.thread() == 0) exchange.announce_count(rank, experts, tables.counts.ranks_total[rank]);
+      if (team.thread() == 0) trace(15);
     } else if (args.round == 0) {
       auto* out = reinterpret_cast<int32_t*>(exchange.outgoing(rank) + sizeof(RegionHeader));
       const int32_t words = static_cast<int32_t>(shape.counts_bytes() / 4);
       for (int32_t e = team.thread(); e < words; e += team.threads) out[e] = e < experts ? counts[e] : 0;
     }
-    team.sync();
-    if (team.thread() == 0) exchange.announce(rank, tables.counts.ranks_total[rank], poisoned);
-  }
-
-  // One warp goes through what all will do with what has arrived, on what lies about and to no effect: the
-  // instructions come while the others send.
-  __device__ __forceinline__ void practise(const Team& team) {
-    if (team.warp() != team.warps() - 1 || share.size() == 0) return;
-    keep_row(share.begin, 0, true);
-    receive_row(shape.rank, 0, 0, true);
   }
 
   __device__ __forceinline__ void send_rows(const Team& team, bool poisoned) {
@@ -191,7 +186,7 @@ struct Dispatch {
     for (int32_t unit = queue.take(); unit < queue.end && !poisoned; unit = queue.take()) {
       send_row(args.begin() + (unit >> args.part_shift), unit & (args.parts - 1));
     }
-    if (team.thread() == 0) trace(5);
+    if (lane_id() == 0) trace(5);
     if (!exchange.has_proxy()) return;
     team.sync();
     if (team.thread() == 0) {
@@ -419,26 +414,30 @@ struct Dispatch {
   __device__ __forceinline__ Span tail() const {
     const int32_t end = tables.rows.base[shape.experts_per_rank];
     if (!shape.zero_tail || args.round != 0) return {0, 0};
-    return cuda::share(static_cast<int32_t>(recv.route.rows) - end, end);
+    return share_of_rows(end, recv.route.rows);
   }
 
   // By every warp: own tokens while nothing else has come, the tail, and what comes.
   __device__ __forceinline__ void receive_rows() {
-    const int32_t sources = kSend ? shape.num_ranks - 1 : shape.num_ranks;
     const Queue keeps = exchange.queue(kKeepQueue, kSend ? args.length() : 0, args.parts);
-    const Queue receives = exchange.queue(kReceiveQueue, *tables.most_slots, sources * args.parts);
+    const Queue receives = exchange.queue(kReceiveQueue, *tables.most_slots, args.partners.by * args.parts);
     const Span zeros = tail();
     const Queue clears{&state.taken[kClearQueue], zeros.begin, zeros.end};
     bool keeping = kSend, clearing = zeros.size() > 0;
+    // Of few tokens half of the warps look at what has come first: none moves two rows while another has
+    // none.
+    bool first_come = args.senders == 0 && warp_id() % 2 == 0;
     if (threadIdx.x == 0) trace(8);
-    int32_t unit = receives.take();
+    int32_t unit = receives.begin - 1;  // none yet
     while (unit < receives.end || keeping || clearing) {
       bool waits = true;
-      if (keeping) {
+      if (first_come) {
+        first_come = waits = false;
+      } else if (keeping) {
         const int32_t own = keeps.take();
         keeping = own < keeps.end;
         if (keeping) keep_row(args.begin() + (own >> args.part_shift), own & (args.parts - 1));
-        if (threadIdx.x == 0) trace(9);
+        if (lane_id() == 0) trace(9);
         waits = false;
       } else if (clearing) {
         const int32_t row = clears.take();
@@ -446,8 +445,9 @@ struct Dispatch {
         if (clearing) clear_row(row);
         waits = false;
       }
+      if (unit < receives.begin) unit = receives.take();
       while (unit < receives.end) {
-        const SlotPart here = slot_part(args, unit, sources);
+        const SlotPart here = slot_part(args, unit);
         if (here.slot < tables.source_slots[here.rank]) {
           bool come = true, going = true;
           if (lane_id() == 0) {
@@ -460,9 +460,9 @@ struct Dispatch {
           if (!__shfl_sync(kAllLanes, going, 0)) return;
           if (!__shfl_sync(kAllLanes, come, 0)) break;
           __syncwarp();
-          if (threadIdx.x == 0) trace(12);
+          if (lane_id() == 0) trace(12);
           if (!receive_row(here.rank, here.slot, here.part)) return;
-          if (threadIdx.x == 0) trace(13);
+          if (lane_id() == 0) trace(13);
         }
         unit = receives.take();
       }
@@ -484,15 +484,15 @@ struct Dispatch {
   }
 
   // One of this rank's own tokens whose experts are here.
-  __device__ __forceinline__ void keep_row(int32_t token, int32_t number, bool practice = false) {
+  __device__ __forceinline__ void keep_row(int32_t token, int32_t number) {
     const Destinations to = destinations_of(args, homes, slots, token);
     const uint32_t here = __ballot_sync(kAllLanes, to.rank == shape.rank);
-    if (here == 0 && !practice) return;
-    const bool mine = to.rank == shape.rank && !practice;
+    if (here == 0) return;
+    const bool mine = to.rank == shape.rank;
     const int64_t at = int64_t{token} * shape.top_k + lane_id();
     const int32_t row =
         mine ? row_of(shape.rank, to.expert - shape.rank * shape.experts_per_rank, ordinals[at]) : -1;
-    if (number == 0 && !practice) {
+    if (number == 0) {
       const int32_t slot = __shfl_sync(kAllLanes, to.slot, __ffs(static_cast<int>(here)) - 1);
       int32_t* rows = recv.route.slot_rows + args.slot_index(shape.rank, slot) * args.entries;
       if (mine) {
@@ -505,17 +505,16 @@ struct Dispatch {
   }
 
   // What has arrived. False: stopped.
-  __device__ __forceinline__ bool receive_row(int32_t source, int32_t slot, int32_t number,
-                                              bool practice = false) {
+  __device__ __forceinline__ bool receive_row(int32_t source, int32_t slot, int32_t number) {
     const std::byte* from = exchange.incoming(source) + args.first_slot + int64_t{slot} * args.stride;
     const std::byte* token = from + args.slot_header_bytes;
     const Part part = part_of_token(args, number);
     bool sound = true;
     const Places places = copy_bytes_to<true>(token, part, [&] {
-      const int32_t row = entry_row(source, slot, from, number == 0 && !practice, sound);
-      return rows_of(sound && !practice ? row : -1);
+      const int32_t row = entry_row(source, slot, from, number == 0, sound);
+      return rows_of(sound ? row : -1);
     });
-    if (!sound && !practice) {
+    if (!sound) {
       if (lane_id() == 0)
         exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kEntry), slot);
       return false;
@@ -573,8 +572,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ BlockState state;
   Exchange exchange(args, state);
   exchange.begin<kSend>();
-  Dispatch<T, kTopK, kSend, kRecv>{args,     args.shape, send,   recv,
-                                   exchange, state,      tables, share(args.length(), args.begin())}
+  Dispatch<T, kTopK, kSend, kRecv>{
+      args,     args.shape, send,   recv,
+      exchange, state,      tables, share(args.length(), args.begin(), args.everybody)}
       .run();
 }
 
@@ -601,11 +601,11 @@ template <bool kSend, bool kRecv>
 cudaError_t enqueue(const KernelCall& call, const DispatchSend& send, const DispatchRecv& recv,
                     float* ticket_out, const float* ticket_in) {
   return with_kernel<kSend, kRecv>(call.shape, [&](auto* kernel) {
-    return launch_rounds(call, ticket_out, ticket_in, {.sender_share = kSend && kRecv ? kSenderShare : 1},
-                         [&](const Args& args) {
-                           return launch(kernel, call, table_bytes(call.shape), args, send, recv,
-                                         DispatchTables(call.shape));
-                         });
+    return launch_rounds(
+        call, ticket_out, ticket_in,
+        {.sender_share = kSend && kRecv ? kSenderShare : 1, .most_units = kMostUnits}, [&](const Args& args) {
+          return launch(kernel, call, table_bytes(call.shape), args, send, recv, DispatchTables(call.shape));
+        });
   });
 }
 

@@ -36,12 +36,18 @@ struct Roles {
       wait_at(kPlanned, kThreads);
     }
   }
-  // What the placers have found out is known to all after this.
-  __device__ __forceinline__ void ready() const {
-    if (split || !places) {
+  // What the placers have found out is known after this, to each warp of few tokens without waiting for those
+  // that still send.
+  __device__ __forceinline__ void ready(BlockState& state) const {
+    const Signal placed(state.placed);
+    if (split) {
       wait_at(kReady, kThreads);
+    } else if (places) {
+      placers.sync();
+      if (placers.thread() == 0) placed.set();
+      __syncwarp();
     } else {
-      arrive(kReady, kThreads);
+      placed.wait();
       __syncwarp();
     }
   }
@@ -66,8 +72,9 @@ class Exchange {
       state_.host_staging = control.host_staging;
       state_.number = kSend ? next : 0;
       state_.stop = open == 0 || failed != 0 ? 1 : 0;
-      state_.poisoned = state_.last = state_.skip = 0;
+      state_.poisoned = state_.last = state_.skip = state_.tainted = 0;
       for (uint32_t& taken : state_.taken) taken = 0;
+      Signal(state_.placed).reset();
       state_.bad = ~0ULL;
     } else if (thread >= kWarp && thread < kWarp + static_cast<int>(kMaxLanes)) {
       state_.received[thread - kWarp] = load_volatile(&control.received[thread - kWarp]);
@@ -113,17 +120,23 @@ class Exchange {
   // Of `items` times `factor` units: the kernel's where blocks take sides, else the block's share.
   __device__ __forceinline__ Queue queue(QueueName name, int32_t items, int32_t factor) const {
     if (args_.senders != 0) return {&args_.control->taken[lane_][name], 0, items * factor};
-    const Span own = share(items);
+    const Span own = share(items, 0, args_.everybody);
     return {&state_.taken[name], own.begin * factor, own.end * factor};
   }
-  // By all threads: every block of the kernel has come here `times` times. Blocks run at the same time.
-  __device__ __forceinline__ void meet(uint32_t times) {
+  // By all threads: every block of the crew has come here `times` times. Blocks run at the same time, and a
+  // kernel has one crew that meets.
+  __device__ __forceinline__ void meet(uint32_t times, const Crew& crew) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      uint32_t& met = args_.control->met_blocks[lane_];
       __threadfence();
-      atomicAdd(&met, 1U);
-      meet_slowly(args_, state_, met, times * gridDim.x);
+      atomicAdd(&args_.control->met_blocks[lane_], 1U);
+    }
+    await_crew(times, crew);
+  }
+  // By all threads, also of blocks that are not of the crew.
+  __device__ __forceinline__ void await_crew(uint32_t times, const Crew& crew) {
+    if (threadIdx.x == 0) {
+      meet_slowly(args_, state_, args_.control->met_blocks[lane_], times * crew.blocks.by);
       __threadfence();
     }
     __syncthreads();
@@ -301,24 +314,49 @@ class Exchange {
     Control& control = *args_.control;
     uint32_t& finished = kRecv ? control.received_blocks[lane_] : control.sent_blocks[lane_];
     if (threadIdx.x == 0) {
+      // Each block says how it went when it is counted, so that the last one knows at once.
+      const uint32_t failed = load_volatile(&control.failed), open = load_volatile(&control.open);
+      const uint32_t own =
+          1 + (failed != 0 || open == 0 ? kFailedBlock : 0) + (state_.tainted != 0 ? kTaintedBlock : 0);
       __threadfence();
-      if (atomicAdd(&finished, 1U) + 1 == gridDim.x) {
-        __threadfence();
-        const uint32_t failed = load_volatile(&control.failed), open = load_volatile(&control.open);
-        const uint32_t tainted = load_volatile(&control.tainted[lane_]);
-        state_.last = failed != 0 || open == 0 ? kFailed : tainted != 0 ? kTainted : kSound;
+      const uint32_t all = atomicAdd(&finished, own) + own;
+      if (all % kFailedBlock == gridDim.x) {
+        state_.last = all % kTaintedBlock >= kFailedBlock ? kFailed
+                      : all >= kTaintedBlock              ? kTainted
+                                                          : kSound;
+        if (state_.last == kSound && state_.stop == 0 && state_.poisoned == 0 && args_.round == 0) {
+          end<kSend, kRecv>(finished, false);
+          state_.last = 0;
+        }
       }
     }
     __syncthreads();
     if (state_.last == 0) return;
-    const bool failed = state_.last == kFailed;
+    __threadfence();
     // Of a step of several rounds: what one round has found holds for those after it.
     const bool spoiled = state_.last != kSound || state_.stop != 0 || state_.poisoned != 0 ||
                          (args_.round != 0 && load_volatile(&control.step_spoiled[lane_before()]) != 0);
     if (spoiled) poison();
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x == 0) end<kSend, kRecv>(finished, spoiled);
+  }
+
+  __device__ __forceinline__ void taint() { *const_cast<volatile uint32_t*>(&state_.tainted) = 1; }
+
+ private:
+  static constexpr uint32_t kSound = 1, kTainted = 2, kFailed = 3;
+  // What blocks are counted by: themselves, those that saw the group failed, those with a tainted route.
+  static constexpr uint32_t kFailedBlock = 1U << 10U, kTaintedBlock = 1U << 20U;
+  static_assert(kMaxBlocks < kFailedBlock);
+  static constexpr uint64_t kNoNumber = ~0ULL;
+  static constexpr float kNoTicket = 65535.0F;  // 0 would be that of a recv that nobody differentiates
+
+  // By one thread of the last block: the exchange is over.
+  template <bool kSend, bool kRecv>
+  __device__ __forceinline__ void end(uint32_t& finished, bool spoiled) {
+    Control& control = *args_.control;
+    const bool failed = state_.last == kFailed;
     control.step_spoiled[lane_] = spoiled ? 1 : 0;
-    finished = control.met_blocks[lane_] = control.tainted[lane_] = 0;
+    finished = control.met_blocks[lane_] = 0;
     control.worst[lane_] = 0;
     for (uint32_t& taken : control.taken[lane_]) taken = 0;
     control.seen[args_.site % kMaxSites] = 1;
@@ -338,13 +376,6 @@ class Exchange {
     }
     trace(11);
   }
-
-  __device__ __forceinline__ void taint() { args_.control->tainted[lane_] = 1; }
-
- private:
-  static constexpr uint32_t kSound = 1, kTainted = 2, kFailed = 3;
-  static constexpr uint64_t kNoNumber = ~0ULL;
-  static constexpr float kNoTicket = 65535.0F;  // 0 would be that of a recv that nobody differentiates
 
   __device__ std::byte* own() const { return peer(args_.shape.rank); }
   // Of the round before this one.

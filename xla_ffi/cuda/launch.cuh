@@ -11,7 +11,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <numeric>
 #include <type_traits>
+#include <vector>
 
 #include "xla_ffi/cuda/exchange.cuh"
 #include "xla_ffi/cuda/kernels.h"
@@ -21,7 +23,7 @@ namespace pplx::moe::cuda {
 // visit(null pointer of the row type that `dtype` names).
 template <typename Visit>
 auto with_row_type(DType dtype, Visit&& visit) {
-#ifdef PPLX_TRACE
+#ifdef PPLX_TUNING
   static_cast<void>(dtype);
   return visit(static_cast<__nv_bfloat16*>(nullptr));  // quicker to compile
 #else
@@ -39,8 +41,9 @@ auto with_row_type(DType dtype, Visit&& visit) {
 
 // How a kernel's blocks share the work. Equal on all ranks.
 struct Division {
-  double sender_share = 1;  // of the blocks, where there are tokens enough for blocks to take sides
-  bool whole_rows = false;
+  double sender_share = 1;     // of the blocks, where there are tokens enough for blocks to take sides
+  bool senders_begin = false;  // with sending: the other blocks find out where this rank's tokens are
+  int32_t most_units = kThreads / kWarp;  // that a block's rows are cut into, if there are few; 1: none is
 };
 
 inline int64_t slot_stride(const MoeShape& shape, Kind kind) {
@@ -59,6 +62,9 @@ inline int64_t slot_stride(const MoeShape& shape, Kind kind) {
 
 // From so many tokens a block on, blocks take sides.
 inline constexpr int32_t kManyTokens = 6;
+// Then rows are gathered in so many parts: whole ones would leave most warps idle at the end.
+inline constexpr int32_t kGatherParts = 2;
+inline constexpr int32_t kGatherGrain = 128;  // vectors; a power of two
 
 // enqueue(args) for each round of a step.
 template <typename Enqueue>
@@ -70,19 +76,21 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
   const int32_t per_block = (length + call.num_sms - 1) / call.num_sms;
   // Few rows are cut into parts, so that every warp has something to move.
   int32_t parts = 1;
-  while (!wanted.whole_rows && parts < kMaxParts && 2 * parts * per_block <= kThreads / kWarp) parts *= 2;
+  while (parts < kMaxParts && 2 * parts * per_block <= wanted.most_units) parts *= 2;
   const bool sides = call.num_sms > 1 && call.shape.num_ranks > 1 && per_block >= kManyTokens;
-#ifdef PPLX_TRACE
-  const char* given = getenv("PPLX_SENDER_SHARE");
-  if (const char* cut = getenv("PPLX_PARTS"); cut != nullptr && sides) parts = atoi(cut);
-  const Division division{given != nullptr ? atof(given) : wanted.sender_share, wanted.whole_rows};
-#else
-  const Division& division = wanted;
+  int32_t gather_parts = kGatherParts;
+  double sender_share = wanted.sender_share;
+#ifdef PPLX_TUNING
+  if (const char* given = getenv("PPLX_PARTS"); given != nullptr) parts = atoi(given);
+  if (const char* given = getenv("PPLX_GATHER_PARTS"); given != nullptr) gather_parts = atoi(given);
+  if (const char* given = getenv("PPLX_SENDER_SHARE"); given != nullptr) sender_share = atof(given);
 #endif
   const int32_t senders =
-      sides ? std::clamp(static_cast<int32_t>(call.num_sms * division.sender_share + 0.5), 1, call.num_sms)
-            : 0;
+      sides ? std::clamp(static_cast<int32_t>(call.num_sms * sender_share + 0.5), 1, call.num_sms) : 0;
   const MoeShape& shape = call.shape;
+  const bool half = ticket_out != nullptr || ticket_in != nullptr;
+  const int32_t gathered = sides ? std::max(parts, gather_parts) : parts;
+  const int32_t not_gathering = wanted.senders_begin && senders < call.num_sms ? senders : 0;
   for (int32_t round = 0; round < rounds; ++round) {
     const bool counted = call.kind == Kind::kDispatch && round == 0;
     const Args args{
@@ -96,7 +104,13 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
         .round = round,
         .parts = parts,
         .part_shift = std::countr_zero(static_cast<uint32_t>(parts)),
+        .gather_shift = std::countr_zero(static_cast<uint32_t>(gathered)),
+        .gather_grain =
+            sides && parts == 1 && shape.row_bytes() >= gathered * kGatherGrain * 16 ? kGatherGrain : 1,
         .senders = senders,
+        .everybody = {0, Divisor::of(call.num_sms)},
+        .gatherers = {not_gathering, Divisor::of(call.num_sms - not_gathering)},
+        .partners = Divisor::of(half ? shape.num_ranks : shape.num_ranks - 1),
         .per_rank = 1.0F / static_cast<float>(call.shape.experts_per_rank),
         .entries = shape.entries(),
         .row_bytes = static_cast<int32_t>(shape.row_bytes()),
@@ -167,7 +181,7 @@ cudaError_t load_kernel(Kernel* kernel, size_t shared_bytes, int* num_sms) {
 
 #ifdef PPLX_TRACE
 // Microseconds since the earliest block began: the first, the mean and the last block.
-inline void print_trace(const char* name, int blocks) {
+static void print_trace(const char* name, int blocks) {
   static uint64_t times[kTraceEvents][kTraceBlocks];
   cudaDeviceSynchronize();
   cudaMemcpyFromSymbol(times, trace_times, sizeof(times));
@@ -187,6 +201,18 @@ inline void print_trace(const char* name, int blocks) {
     if (count != 0) std::printf(" %d:[%.1f %.1f %.1f]", event, first, sum / count, last);
   }
   std::printf("\n");
+  // Event 10 ends a block's work.
+  std::vector<int> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return times[10][a] > times[10][b]; });
+  for (const int block : {order[0], order[1 % blocks], order[blocks / 2]}) {
+    std::printf("    block %d:", block);
+    for (int event = 0; event < kTraceEvents; ++event) {
+      if (times[event][block] < zero) continue;
+      std::printf(" %d:%.1f", event, static_cast<double>(times[event][block] - zero) / 1e3);
+    }
+    std::printf("\n");
+  }
 }
 #endif
 

@@ -107,6 +107,10 @@ Member::Member(int64_t group, int device, const MoeShape& shape, GroupConfig con
     refuse("max_tokens is " + std::to_string(shape.max_tokens) + ", GPUs take less than " +
            std::to_string(kCountLimit));
   }
+  if (int64_t{shape.chunk} * shape.num_ranks >= static_cast<int64_t>(kCountLimit)) {
+    refuse("chunk times ranks is " + std::to_string(int64_t{shape.chunk} * shape.num_ranks) +
+           ", GPUs take less than " + std::to_string(kCountLimit) + ": choose a smaller chunk");
+  }
   if (options.nvlink.size() != static_cast<size_t>(shape.num_ranks) || !options.nvlink[shape.rank]) {
     refuse("the ranks to reach by NVLink are not those of the group");
   }

@@ -21,6 +21,7 @@
 #include "xla_ffi/cuda/device.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/member.h"
+#include "xla_ffi/cuda/probe.h"
 #include "xla_ffi/python_group.h"
 
 namespace nb = nanobind;
@@ -139,7 +140,7 @@ int most_blocks(int device, const MoeShape& shape) {
   check(load_kernels(shape, &blocks), "loading kernels for " + std::to_string(shape.physical_experts()) +
                                           " experts, top_k=" + std::to_string(shape.top_k) +
                                           ", on CUDA device " + std::to_string(device) +
-                                          " (they need 134 KB of shared memory a block or more)");
+                                          " (they need 163 KB of shared memory a block or more)");
   return blocks;
 }
 
@@ -197,6 +198,8 @@ NB_MODULE(_cuda, m) {
         [](std::vector<std::string> folders) { set_library_search_path(std::move(folders)); });
   m.def("device_count", &device_count);
   m.def("peers", &peers);
+  m.def("flag_latency_us", &flag_latency_us, nb::arg("device"), nb::arg("peer"),
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("most_blocks", &most_blocks);
 }
 

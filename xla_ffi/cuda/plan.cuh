@@ -12,7 +12,7 @@ namespace pplx::moe::cuda {
 inline constexpr int kBallotRanks = 16;
 
 // So many choices of a block's share of the tokens are kept in shared memory.
-inline constexpr int32_t kNearChoices = 512;
+inline constexpr int32_t kNearChoices = 128;
 
 // Zero at first.
 struct Counts {
@@ -86,9 +86,10 @@ __device__ __forceinline__ void count_tokens(const Args& args, const Team& team,
   }
 }
 
-// By all threads, after each block has counted its own share into the totals: turns them into those of all
-// blocks, and finds what lies before the share. Every block comes here.
-__device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchange, const Counts& counts) {
+// By all threads, after each block of the crew has counted its own share into the totals: turns them into
+// those of all, and finds what lies before the share. Every block of the crew comes here.
+__device__ __forceinline__ void add_up_shares(const Args& args, const Crew& crew, Exchange& exchange,
+                                              const Counts& counts) {
   const int32_t ranks = args.shape.num_ranks;
   const int32_t entries = ranks + (counts.experts_total.exists() ? args.shape.physical_experts() : 0);
   uint32_t* shares =
@@ -99,11 +100,11 @@ __device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchan
   for (int32_t entry = threadIdx.x; entry < entries; entry += kThreads) {
     shares[int64_t{entry} * kMaxBlocks + blockIdx.x] = at(entry);
   }
-  exchange.meet(1);
+  exchange.meet(1, crew);
   if (exchange.stopped()) return;
   // A warp takes an entry at a time, a lane several neighbouring blocks' counts of it.
   constexpr int kEach = kMaxBlocks / kWarp / 4, kWarps = kThreads / kWarp, kAtOnce = 4;
-  const auto own = blockIdx.x, blocks = gridDim.x;
+  const uint32_t own = blockIdx.x, begin = crew.first, end = begin + crew.blocks.by;
   for (int32_t first = warp_id(); first < entries; first += kAtOnce * kWarps) {
     uint4 some[kAtOnce][kEach];
 #pragma unroll
@@ -113,7 +114,7 @@ __device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchan
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const uint32_t block = 4 * (j * kWarp + lane_id());
-        if (block < blocks)
+        if (block < end && block + 4 > begin)
           some[i][j] = __ldcg(reinterpret_cast<const uint4*>(shares + int64_t{entry} * kMaxBlocks + block));
       }
     }
@@ -128,8 +129,8 @@ __device__ __forceinline__ void add_up_shares(const Args& args, Exchange& exchan
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const uint32_t block = 4 * (j * kWarp + lane_id()) + w;
-          if (block < blocks) total += counts_of[w];
-          if (block < own) before += counts_of[w];
+          if (block >= begin && block < end) total += counts_of[w];
+          if (block >= begin && block < own) before += counts_of[w];
         }
       }
       total = __reduce_add_sync(kAllLanes, total);

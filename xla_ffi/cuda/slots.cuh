@@ -37,10 +37,11 @@ struct SlotTables {
 struct SlotPart {
   int32_t rank, slot, part;
 };
-// The unit of work with a number: of `ranks` ranks in turn, from the next one on.
-__device__ inline SlotPart slot_part(const Args& args, int32_t unit, int32_t ranks) {
+// The unit of work with a number: of the partners in turn, from the next rank on.
+__device__ __forceinline__ SlotPart slot_part(const Args& args, int32_t unit) {
   const int32_t part = unit & (args.parts - 1), at = unit >> args.part_shift;
-  const int32_t slot = at / ranks, rank = args.shape.rank + (at - slot * ranks) + 1;
+  const int32_t slot = args.partners.quotient(at);
+  const int32_t rank = args.shape.rank + (at - slot * args.partners.by) + 1;
   return {rank < args.shape.num_ranks ? rank : rank - args.shape.num_ranks, slot, part};
 }
 
@@ -72,35 +73,41 @@ __device__ __forceinline__ int32_t* slot_notes(const Args& args, Span share, con
   return args.control->slots + int64_t{exchange.lane()} * args.shape.max_tokens * args.shape.top_k;
 }
 
+// How often a crew meets that numbers tokens together.
+__device__ __forceinline__ bool adds_up_shares(const Args& args) {
+  return args.senders != 0 && args.shape.rounds(args.tokens) == 1;
+}
+__device__ __forceinline__ uint32_t meetings(const Args& args) { return adds_up_shares(args) ? 2 : 1; }
+
 // By a team, which is the whole block where blocks take sides: where this rank's own tokens are. False:
 // unusable, which is recorded, or stopped.
 template <int kTopK>
-__device__ __forceinline__ bool number_own_tokens(const Args& args, const Team& team, Span share,
-                                                  const int32_t* home, Exchange& exchange,
+__device__ __forceinline__ bool number_own_tokens(const Args& args, const Team& team, const Crew& crew,
+                                                  Span share, const int32_t* home, Exchange& exchange,
                                                   const SlotTables& tables, int32_t* slots) {
   const CheckedHomes choices{args.shape, home, tables.unsound};
-  const bool adds_up = args.senders != 0 && args.shape.rounds(args.tokens) == 1;
+  const bool adds_up = adds_up_shares(args);
   const Span span = adds_up ? share : Span{0, args.tokens};
   count_tokens<kTopK>(args, team, span, share, tables.counts, false, choices);
   team.sync();
   bool usable = *tables.unsound == 0;
   team.sync();
+  unsigned long long& worst = args.control->worst[exchange.lane()];
+  if (args.senders != 0 && team.thread() == 0 && !usable) atomicMax(&worst, 1ULL);
   if (adds_up) {
     // Where others count the rest, what is wrong anywhere must be known everywhere.
-    unsigned long long& worst = args.control->worst[exchange.lane()];
-    if (team.thread() == 0 && !usable) atomicMax(&worst, 1ULL);
-    add_up_shares(args, exchange, tables.counts);
+    add_up_shares(args, crew, exchange, tables.counts);
     usable = load_volatile(&worst) == 0;
     team.sync();
   }
   if (usable && team.warp() == 0) {
     number_tokens<kTopK, false>(args, share, tables.counts, home, slots, nullptr);
   }
-  if (!usable && blockIdx.x == 0 && team.thread() == 0) {
+  if (!usable && blockIdx.x == crew.first && team.thread() == 0) {
     exchange.data_error(Fault::kForeignRoute, args.shape.rank);
   }
   if (args.senders != 0) {
-    exchange.meet(adds_up ? 2 : 1);
+    exchange.meet(meetings(args), crew);
   } else {
     team.sync();
   }

@@ -13,13 +13,30 @@ inline constexpr int kPlacers = 128;
 inline constexpr int kNearRanks = 64;
 
 #ifdef PPLX_TRACE
-// For tuning: when each block came by, by its thread that calls first.
+// For tuning, with PPLX_TUNING: when each block came by, by its thread that calls first.
 inline constexpr int kTraceEvents = 16, kTraceBlocks = 256;
 __device__ uint64_t trace_times[kTraceEvents][kTraceBlocks];
 __device__ inline void trace(int event) { trace_times[event][blockIdx.x] = now_ns(); }
 #else
 __device__ inline void trace(int) {}
 #endif
+
+// Divides numbers below 2^24 by one below 2^16, in few instructions.
+struct Divisor {
+  int32_t by;
+  uint64_t magic;  // 2^40 / by, rounded up; 0: by is 0, and nothing is divided
+
+  static Divisor of(int32_t by) { return {by, by == 0 ? 0 : ((1ULL << 40U) + by - 1) / by}; }
+  __device__ __forceinline__ int32_t quotient(int32_t number) const {
+    return static_cast<int32_t>((static_cast<uint32_t>(number) * magic) >> 40U);
+  }
+};
+
+// Some of a kernel's blocks, which do something together.
+struct Crew {
+  int32_t first;
+  Divisor blocks;
+};
 
 // What every kernel gets, by value.
 struct Args {
@@ -32,8 +49,13 @@ struct Args {
   int32_t tokens;
   int32_t round;
   int32_t parts, part_shift;  // of a row: 1 << part_shift, at most kMaxParts
+  int32_t gather_shift;       // of a row that is gathered: 1 << gather_shift parts, no fewer than sent
+  int32_t gather_grain;       // vectors that these are multiples of; 1 if rows are sent in parts as well
   int32_t senders;  // blocks that send before they receive, the others only receive; 0: every block does both
-  float per_rank;   // 1 / experts_per_rank
+  Crew everybody;
+  Crew gatherers;    // blocks that find out at first where this rank's tokens are
+  Divisor partners;  // ranks that messages travel to and from
+  float per_rank;    // 1 / experts_per_rank
   // What shape and layout say, worked out once by the host: the kernel's code is fetched anew at every
   // launch, so that what is short is quick.
   int32_t entries;
@@ -77,11 +99,19 @@ struct Span {
   int32_t begin, end;
   __device__ int32_t size() const { return end - begin; }
 };
-__device__ inline Span share(int32_t count, int32_t offset = 0) {
-  const auto blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
-  const int32_t each = count / blocks, more = count - each * blocks;  // the first blocks take one more
+// Of `count` units from `offset` on, those of this block, which is one of the crew.
+__device__ __forceinline__ Span share(int32_t count, int32_t offset, const Crew& crew) {
+  const int32_t block = static_cast<int32_t>(blockIdx.x) - crew.first;
+  const int32_t each = crew.blocks.quotient(count);
+  const int32_t more = count - each * crew.blocks.by;  // the first take one more
   const int32_t begin = offset + each * block + min(block, more);
   return {begin, begin + each + (block < more ? 1 : 0)};
+}
+// Of rows, of which there may be many.
+__device__ inline Span share_of_rows(int64_t begin, int64_t end) {
+  const int64_t blocks = gridDim.x, count = end - begin;
+  return {static_cast<int32_t>(begin + count * blockIdx.x / blocks),
+          static_cast<int32_t>(begin + count * (blockIdx.x + 1) / blocks)};
 }
 
 // Per block, in shared memory.
@@ -91,7 +121,9 @@ struct BlockState {
   uint32_t poisoned;        // this rank's data is wrong
   uint32_t last;            // this block is the last to finish
   uint32_t skip;            // a derivative's recv whose send never was
+  uint32_t tainted;         // a route's row was out of range
   uint32_t taken[kQueues];  // units of this block's share of the work
+  uint64_t placed;          // a Signal: what the placers have found out is known
   std::byte* host_regions;
   std::byte* host_staging;
   unsigned long long bad;  // what is wrong with the data: the smallest of token, choice and fault

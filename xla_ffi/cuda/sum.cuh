@@ -12,7 +12,8 @@ namespace pplx::moe::cuda {
 // Of a warp; each stage holds some vectors of a row. With 24 multiprocessors and this much under way the sums
 // of scattered rows leave an H200 at the rate of its links (docs/performance.md).
 inline constexpr int kRingStages = 4, kStageVecs = 4;
-inline constexpr int kRingBytes = kRingStages * kStageVecs * 16 * kWarp;
+// With a stage more, for this rank's own term.
+inline constexpr int kRingBytes = (kRingStages + 1) * kStageVecs * 16 * kWarp;
 
 // What becomes one row: the sum of some rows, each times its weight. At home that is this rank's own term,
 // and other ranks' sums are the others, added up in ascending order of ranks.
@@ -46,6 +47,12 @@ class Ring {
   __device__ __forceinline__ void wait() const {
     asm volatile("cp.async.wait_group %0;" : : "n"(kLater) : "memory");
   }
+  __device__ __forceinline__ void write(int stage, int piece, uint4 value) const {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(place(stage, piece)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+  }
   __device__ __forceinline__ uint4 read(int stage, int piece) const {
     uint4 value;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -73,7 +80,7 @@ __device__ __forceinline__ bool add_up(const Ring& ring, const Terms& terms, Spa
   constexpr int kVecs = kStageVecs / kPieces;
   const int32_t count = terms.rows + terms.partials;
   float acc[kVecs][kWidth];
-  uint4 own[kVecs][kPieces];  // as it would have travelled
+  constexpr int kOwn = kRingStages;  // the stage that has this rank's term, as it would have travelled
 
   // The next to fetch.
   int32_t next = 0, next_base = part.begin;
@@ -127,7 +134,7 @@ __device__ __forceinline__ bool add_up(const Ring& ring, const Terms& terms, Spa
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) add(i, p * kVec<W>, own[i][p]);
+      for (int p = 0; p < kPieces; ++p) add(i, p * kVec<W>, ring.read(kOwn, i * kPieces + p));
     }
   };
   // This rank's own term is complete.
@@ -135,7 +142,7 @@ __device__ __forceinline__ bool add_up(const Ring& ring, const Terms& terms, Spa
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) own[i][p] = pack<W>(acc[i] + p * kVec<W>);
+      for (int p = 0; p < kPieces; ++p) ring.write(kOwn, i * kPieces + p, pack<W>(acc[i] + p * kVec<W>));
     }
     begin_sum(!terms.own && terms.partials == 0);
     if (terms.start == nullptr) return;

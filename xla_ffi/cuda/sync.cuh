@@ -59,6 +59,33 @@ __device__ inline void wait_at(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
 
+// Says once to the threads of a block that something has been done, in shared memory.
+class Signal {
+ public:
+  __device__ explicit Signal(uint64_t& word) : at_(static_cast<uint32_t>(__cvta_generic_to_shared(&word))) {}
+  // By one thread, before a barrier of the block.
+  __device__ void reset() const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(at_) : "memory");
+  }
+  // By one thread: what it knows of is known to those that wait.
+  __device__ void set() const {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" : : "r"(at_) : "memory");
+  }
+  __device__ void wait() const {
+    uint32_t is_set = 0;
+    while (is_set == 0) {
+      asm volatile(
+          "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+          : "=r"(is_set)
+          : "r"(at_)
+          : "memory");
+    }
+  }
+
+ private:
+  uint32_t at_;
+};
+
 // Some of a block's warps, which work together and meet at a barrier of their own.
 struct Team {
   int first;  // thread
