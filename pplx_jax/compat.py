@@ -45,7 +45,9 @@ def coordinator_address() -> str | None:
 def coordination_service(address: str, num_processes: int) -> object:
     """A coordination service for ``num_processes``, listening on ``address`` as long as the result lives."""
     service: object = distributed._jax.get_distributed_runtime_service(  # type: ignore[attr-defined]
-        address, num_processes
+        address,
+        num_processes,
+        recoverable=distributed._ENABLE_RECOVERABILITY.value,  # JAX_ENABLE_RECOVERABILITY, as JAX's own
     )
     return service
 

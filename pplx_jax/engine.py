@@ -591,7 +591,8 @@ class TransferEngine:
     def stats(self) -> dict[str, Any]:
         """Return counts since the engine was made: writes, bytes, messages, immediates, errors, polls.
 
-        ``worker_core`` is the core that the worker thread is pinned to, -1 if it is not. ``nics`` and
+        ``worker_core`` is the core that the worker thread is pinned to, -1 if it is not; ``registrations``
+        are the regions that are registered now. ``nics`` and
         ``peers`` are lists of dicts, with bytes and operations as they were posted (parts of split ones
         count one each), those ``outstanding`` with the provider and ``queued`` for it, and ``error``, why it
         is used no more. A NIC's ``latency_buckets[b]`` counts operations that took less than 2**b and at

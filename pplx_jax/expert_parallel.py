@@ -462,8 +462,9 @@ class ExpertParallel:
             GPUs ``device``, ``pinned`` and ``total``, as they are allocated;
             ``ranks``: for each local rank its ``exchanges``, and ``peers`` by rank: ``process`` (host and
             pid), ``sent_bytes``, ``received_bytes``, and how late its messages came, in seconds after this
-            rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``
-            and ``longest_wait_seconds`` for an exchange; on GPUs ``transport`` ("nvlink" or "proxy") too, and
+            rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``,
+            ``longest_wait_seconds`` and ``recent_wait_seconds`` for an exchange, the latter a mean over about
+            the last 64; on GPUs ``transport`` ("nvlink" or "proxy") too, and
             no waits; the rank's ``device_bytes``, ``pinned_bytes`` and ``num_sms``, and where messages go by
             the host ``regions`` and ``flags``, which lie in "device" or "pinned" ``memory``, and ``why`` (the
             messages themselves, and the words by which the host tells kernels of them), and ``courier``: its
@@ -472,6 +473,8 @@ class ExpertParallel:
             ``slowest``: the rank that was waited for longest: ``rank`` and, with further mesh axes,
             ``slice``, ``process``, ``seconds`` in all and ``longest`` for one exchange; None where nobody was
             waited for, as on the slowest rank itself;
+            ``straggler``: the same of late, when "slowest" may still be who compiled longest: ``rank``,
+            ``slice``, ``process``, and ``seconds``, its ``recent_wait_seconds``;
             ``masked``: None, or where ranks are masked ``ranks`` and what that cost this process's tokens
             since: ``routed_tokens`` that had an expert, ``tokens`` of these that lost one or more,
             ``whole_tokens`` that lost all, ``by_share``: how many of the others lost less than a quarter, a

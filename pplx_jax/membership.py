@@ -382,6 +382,7 @@ class Membership:
             "memory": self._memory(ranks),
             "ranks": ranks,
             "slowest": self._slowest(ranks),
+            "straggler": self._straggler(ranks),
             "masked": self._losses(ranks),
         }
 
@@ -421,6 +422,16 @@ class Membership:
                         "longest": peer["longest_wait_seconds"],
                     }
         return slowest
+
+    def _straggler(self, ranks: list[dict[str, Any]]) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = None
+        for slice_index, own in zip(self._slices, ranks, strict=True):
+            for rank, peer in enumerate(own["peers"]):
+                seconds = peer.get("recent_wait_seconds", 0.0)
+                if seconds > (found["seconds"] if found else 0):
+                    found = {"rank": rank, "slice": slice_index, "process": peer["process"]}
+                    found["seconds"] = seconds
+        return found
 
     def close(self) -> None:
         """``ExpertParallel.close``."""

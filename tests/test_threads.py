@@ -175,6 +175,10 @@ def test_the_slowest_rank_is_named(processes):
         assert slowest["process"] == f"{socket.gethostname()} pid {culprit}"
         assert slowest["seconds"] == peers[2]["waited_seconds"]
         assert slowest["longest"] > seconds * 0.8
+        straggler = stats["straggler"]
+        assert straggler["rank"] == 2
+        assert straggler["process"] == slowest["process"]
+        assert straggler["seconds"] == peers[2]["recent_wait_seconds"] > 0
 
 
 def test_nobody_is_slow():

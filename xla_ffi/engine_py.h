@@ -300,6 +300,7 @@ class PyEngine {
     result["read_bytes"] = stats.read_bytes;
     result["retries"] = stats.retries;
     result["cancelled"] = stats.cancelled;
+    result["registrations"] = details.registrations;
     nb::list nics, peers;
     for (const NicStats& nic : details.nics) {
       nb::dict entry = traffic_dict(nic.traffic);

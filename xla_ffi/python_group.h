@@ -51,6 +51,7 @@ inline nanobind::dict stats_dict(const GroupStats& stats, int32_t rank) {
     entry["received_bytes"] = peer.received_bytes;
     entry["waited_seconds"] = std::chrono::duration<double>(peer.waited).count();
     entry["longest_wait_seconds"] = std::chrono::duration<double>(peer.longest_wait).count();
+    entry["recent_wait_seconds"] = std::chrono::duration<double>(peer.recent_wait).count();
     peers.append(entry);
   }
   out["peers"] = peers;

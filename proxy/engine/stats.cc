@@ -64,6 +64,7 @@ EngineDetails EngineCore::details() {
   require_own_process();
   Locked locked(*this);
   EngineDetails details;
+  details.registrations = regions_.size();
   for (const Nic& nic : nics_) {
     NicStats stats{.name = nic.fabric->name(),
                    .error = nic.down ? nic.down->what() : "",

@@ -275,6 +275,7 @@ struct PeerTraffic {
 struct EngineDetails {
   std::vector<NicStats> nics;
   std::vector<PeerTraffic> peers;
+  size_t registrations = 0;  // regions that are registered
 };
 
 // A write that a watch word posts. Sources must not change while posted() != completed().

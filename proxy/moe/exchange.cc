@@ -310,12 +310,7 @@ bool Exchange::wait_for_arrivals(bool checked) {
       if (!here(source)) return false;
       sound = sound && (!checked || check(source));
       // What was here before anybody looked was not waited for: the slowest rank waits for nobody.
-      if (looks > 0) {
-        ExchangeGroup::Peer& peer = *group_.peers_[source];
-        const int64_t waited = Duration(Clock::now() - began).count();
-        peer.waited_ns += waited;
-        if (waited > peer.longest_wait_ns) peer.longest_wait_ns = waited;
-      }
+      if (looks > 0) group_.peers_[source]->note_wait(number_, Duration(Clock::now() - began).count());
       return true;
     });
     ++looks;

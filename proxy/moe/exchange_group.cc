@@ -32,6 +32,12 @@ std::string process_name() {
   return std::string(host) + " pid " + std::to_string(getpid());
 }
 
+void describe(const Error& error, uint32_t culprit, AbortNotice& notice) {
+  notice.error_kind = static_cast<uint8_t>(error.kind());
+  notice.culprit = culprit;
+  std::strncpy(notice.text, error.what(), sizeof(notice.text) - 1);
+}
+
 Bytes to_bytes(std::span<const std::byte> bytes) { return {bytes.begin(), bytes.end()}; }
 
 }  // namespace
@@ -257,9 +263,7 @@ void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
   if (!record_failure(error, culprit)) return;
   AbortNotice notice{};
   notice.exchange = latest_exchange();
-  notice.error_kind = static_cast<uint8_t>(error.kind());
-  notice.culprit = culprit;
-  std::strncpy(notice.text, error.what(), sizeof(notice.text) - 1);
+  describe(error, culprit, notice);
   broadcast(notice, kFailedSlot);
 }
 
@@ -362,19 +366,21 @@ void ExchangeGroup::read_notices() {
     if (rank == config_.rank) continue;
     Peer& peer = *peers_[rank];
     AbortNotice notice;
+    const auto believe = [&](const std::string& what) {
+      const auto kind = notice.error_kind <= static_cast<uint8_t>(ErrorKind::kRouting)
+                            ? static_cast<ErrorKind>(notice.error_kind)
+                            : ErrorKind::kPeer;
+      record_failure(Error(kind, rank_name(rank) + what + ": " + notice.text), notice.culprit);
+    };
+    // Not passed on at once: whoever failed has told every peer itself, if it could.
+    if (peer.failures.value() != 0 && !peer.failure_read.exchange(true) && read(rank, kFailedSlot, notice)) {
+      believe(" failed in exchange " + std::to_string(notice.exchange));
+    }
     if (!peer.gone && peer.closings.value() != 0 && read(rank, kClosedSlot, notice)) {
       peer.last_words = notice.exchange;
       peer.gone = true;
+      if (notice.text[0] != '\0') believe(" closed the group after a failure");
     }
-    if (peer.failures.value() == 0 || peer.failure_read.exchange(true)) continue;
-    if (!read(rank, kFailedSlot, notice)) continue;
-    const auto kind = notice.error_kind <= static_cast<uint8_t>(ErrorKind::kRouting)
-                          ? static_cast<ErrorKind>(notice.error_kind)
-                          : ErrorKind::kPeer;
-    // Not passed on: whoever failed has told every peer itself.
-    record_failure(Error(kind, rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) +
-                                   ": " + notice.text),
-                   notice.culprit);
   }
 }
 
@@ -468,6 +474,10 @@ void ExchangeGroup::close() {
     read_notices();  // whoever closed before is not written to any more
     AbortNotice notice{};
     notice.exchange = sent_exchanges_;
+    {
+      const std::lock_guard guard(status_mutex_);
+      if (failure_) describe(*failure_, failure_culprit_, notice);
+    }
     broadcast(notice, kClosedSlot);
     // What a peer still needs to finish its last exchange must leave before the endpoints close.
     const auto sent = [](const auto& lane) { return lane->local.done() >= lane->posted; };
@@ -500,7 +510,9 @@ GroupStats ExchangeGroup::stats() const {
                            .sent_bytes = peer->sent_bytes.load(),
                            .received_bytes = peer->received_bytes.load(),
                            .waited = Duration(peer->waited_ns.load()),
-                           .longest_wait = Duration(peer->longest_wait_ns.load())});
+                           .longest_wait = Duration(peer->longest_wait_ns.load()),
+                           .recent_wait =
+                               Duration(static_cast<int64_t>(peer->recent_wait(latest_exchange())))});
   }
   stats.engine = engine_->stats();
   return stats;

@@ -64,6 +64,7 @@ struct PeerStats {
   uint64_t sent_bytes = 0, received_bytes = 0;
   // By this rank for this peer's messages, from when it began to wait: in all, and for one at most.
   Duration waited{0}, longest_wait{0};
+  Duration recent_wait{0};  // mean an exchange, the latest counting most: each a 64th of what came before
 };
 
 struct GroupStats {

@@ -1,6 +1,9 @@
 // Private state of an ExchangeGroup, shared by exchange_group.cc and exchange.cc.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "proxy/moe/exchange_group.h"
 
 namespace pplx::moe {
@@ -22,6 +25,22 @@ struct ExchangeGroup::Peer {
   Clock::time_point last_sign;
   std::atomic<uint64_t> sent_bytes{0}, received_bytes{0};
   std::atomic<int64_t> waited_ns{0}, longest_wait_ns{0};
+  std::atomic<double> recent_wait_ns{0};  // as of the exchange
+  std::atomic<uint64_t> recent_exchange{0};
+
+  // Those for whom nobody waits cost nothing: their means fade as the number of exchanges tells.
+  static constexpr double kRecent = 64;
+  double recent_wait(uint64_t exchange) const {
+    const uint64_t since = exchange - std::min<uint64_t>(exchange, recent_exchange);
+    return recent_wait_ns * std::pow(1 - 1 / kRecent, static_cast<double>(since));
+  }
+  // By the holder of the exchange.
+  void note_wait(uint64_t exchange, int64_t nanoseconds) {
+    waited_ns += nanoseconds;
+    if (nanoseconds > longest_wait_ns) longest_wait_ns = nanoseconds;
+    recent_wait_ns = recent_wait(exchange) + static_cast<double>(nanoseconds) / kRecent;
+    recent_exchange = exchange;
+  }
 };
 
 struct ExchangeGroup::Lane {

@@ -65,13 +65,13 @@ struct AbortNotice {
   uint32_t magic;
   uint16_t version;
   uint8_t closed;      // 1: an orderly close, 0: a failure
-  uint8_t error_kind;  // ErrorKind of the failure
+  uint8_t error_kind;  // ErrorKind of the failure, also of a close after one
   uint32_t nonce;      // the sender's
   uint32_t source;
   uint32_t culprit;  // the rank held responsible; ~0: none
   uint32_t reserved;
   uint64_t exchange;  // a failure: the one under way; a close: how many were sent in full
-  char text[224];     // zero-terminated
+  char text[224];     // zero-terminated; of a close in good order empty
 };
 static_assert(sizeof(AbortNotice) == 256 && std::is_trivially_copyable_v<AbortNotice>);
 

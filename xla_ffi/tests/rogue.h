@@ -89,6 +89,12 @@ class Rogue {
     const auto lane = static_cast<uint32_t>(number % (2 * problem_.depth));
     write(*to_regions_, (lane * 2 + 1) * region_bytes_, message, immediate(nonce(), 1, lane));
   }
+  // What the real rank said when it closed.
+  AbortNotice last_words() const {
+    AbortNotice notice;
+    std::memcpy(&notice, notices_->data() + sizeof(notice), sizeof(notice));
+    return notice;
+  }
   void notify(const AbortNotice& notice, bool closed) {
     Bytes bytes(sizeof(notice));
     std::memcpy(bytes.data(), &notice, sizeof(notice));

@@ -31,5 +31,27 @@ TEST(Stats, NameTheRankThatWasWaitedFor) {
   for (const PeerStats& peer : cluster[kSlow].group.stats().peers) EXPECT_LT(peer.waited, kSteps * kLate / 2);
 }
 
+// Who was slow once, at the start, is not who is slow now.
+TEST(Stats, TheStragglerIsWhoIsSlowOfLate) {
+  const Problem problem{.ranks = 3, .experts = 6, .top_k = 2, .hidden = 16, .max_tokens = 8, .chunk = 8};
+  Cluster cluster(problem);
+  std::vector<Outputs> outputs(problem.ranks);
+  int64_t run = 0;
+  const auto step = [&](int slow, Duration late) {
+    const std::vector<Inputs> inputs = random_step(problem, ++run, 8);
+    cluster.each([&](int rank) {
+      if (rank == slow) std::this_thread::sleep_for(late);
+      EXPECT_FALSE(run_step(problem, cluster[rank], inputs[rank], outputs[rank], {.run = run}));
+    });
+  };
+  step(1, 400ms);
+  for (int number = 0; number < 80; ++number) step(2, 4ms);
+  const std::vector<PeerStats> peers = cluster[0].group.stats().peers;
+  EXPECT_GT(peers[1].waited, peers[2].waited);
+  EXPECT_GT(peers[2].recent_wait, peers[1].recent_wait);
+  EXPECT_GT(peers[2].recent_wait, 500us);  // one in four exchanges of a step
+  EXPECT_LT(peers[2].recent_wait, 100ms);
+}
+
 }  // namespace
 }  // namespace pplx::moe::testing
