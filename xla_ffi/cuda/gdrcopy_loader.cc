@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -17,7 +18,7 @@ namespace {
 constexpr int kMajor = 2;
 
 std::mutex g_mutex;
-std::optional<GdrCopy> g_library;
+std::map<std::string, GdrCopy> g_libraries;  // by path; never closed
 
 template <typename Function>
 bool resolve(void* handle, const char* symbol, Function& function) {
@@ -65,12 +66,12 @@ const GdrCopy& load_gdrcopy() {
     paths = {path};
   }
   const std::lock_guard lock(g_mutex);
-  if (g_library) return *g_library;
   std::string tried;
   for (const auto& path : paths) {
-    if ((g_library = try_open(path, tried))) {
-      log(LogLevel::kInfo, "GDRCopy ", g_library->major, ".", g_library->minor, " from ", path);
-      return *g_library;
+    if (const auto known = g_libraries.find(path); known != g_libraries.end()) return known->second;
+    if (const auto library = try_open(path, tried)) {
+      log(LogLevel::kInfo, "GDRCopy ", library->major, ".", library->minor, " from ", path);
+      return g_libraries.emplace(path, *library).first->second;
     }
   }
   throw Error(ErrorKind::kFabric,

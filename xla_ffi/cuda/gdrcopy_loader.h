@@ -35,7 +35,8 @@ struct GdrCopy {
   int major = 0, minor = 0;
 };
 
-// Opens it once a process. Throws kFabric, naming what was tried, and also where PPLX_GDRCOPY=off.
+// Opens it when it is first needed, and keeps it. Throws kFabric, naming what was tried, and also where
+// PPLX_GDRCOPY=off.
 const GdrCopy& load_gdrcopy();
 
 }  // namespace pplx::moe::cuda

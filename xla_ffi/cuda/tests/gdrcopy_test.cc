@@ -1,8 +1,10 @@
 // GDRCopy's library, opened at run time: a stand-in of it, none, and one that refuses.
 #include <dlfcn.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -50,15 +52,19 @@ class GdrCopyTest : public ::testing::Test {
   Pages pages_;
 };
 
-// First, as a library that was found is kept.
 TEST_F(GdrCopyTest, AMissingOneIsNamed) {
   setenv("PPLX_GDRCOPY", "/nowhere/libgdrapi.so", 1);
   expect(problem(pages_.data, kGpuPage), "/nowhere/libgdrapi.so");
   setenv("PPLX_GDRCOPY", "libc.so.6", 1);
   expect(problem(pages_.data, kGpuPage), "libc.so.6: not GDRCopy 2");
-  setenv("PPLX_GDRCOPY", PPLX_FAKE_GDRAPI, 1);
+  // One that is found to be good is not looked at again.
+  const auto copy =
+      std::filesystem::temp_directory_path() / ("libgdrapi-" + std::to_string(getpid()) + ".so");
+  std::filesystem::copy_file(PPLX_FAKE_GDRAPI, copy, std::filesystem::copy_options::overwrite_existing);
+  setenv("PPLX_GDRCOPY", copy.c_str(), 1);
   setenv("FAKE_GDR", "version 3", 1);
   expect(problem(pages_.data, kGpuPage), "of version 3.5, 2.x is needed");
+  std::filesystem::remove(copy);
 }
 
 TEST_F(GdrCopyTest, WritesThroughTheMapping) {
