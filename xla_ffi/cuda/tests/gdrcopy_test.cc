@@ -10,9 +10,12 @@
 
 #include "proxy/error.h"
 #include "xla_ffi/cuda/gdr_window.h"
+#include "xla_ffi/cuda/tests/beside.h"
 
 namespace pplx::moe::cuda {
 namespace {
+
+const std::string kFake = testing::beside(PPLX_FAKE_GDRAPI);
 
 struct Pages {
   // One page before what is mapped, so that a mapping may begin there.
@@ -25,7 +28,7 @@ class GdrCopyTest : public ::testing::Test {
  protected:
   void SetUp() override {
     unsetenv("FAKE_GDR");
-    setenv("PPLX_GDRCOPY", PPLX_FAKE_GDRAPI, 1);
+    setenv("PPLX_GDRCOPY", kFake.c_str(), 1);
   }
   void TearDown() override {
     unsetenv("FAKE_GDR");
@@ -41,7 +44,7 @@ class GdrCopyTest : public ::testing::Test {
   }
   // Drivers open, buffers pinned and mapped.
   static int in_use() {
-    void* library = dlopen(PPLX_FAKE_GDRAPI, RTLD_NOW | RTLD_NOLOAD);
+    void* library = dlopen(kFake.c_str(), RTLD_NOW | RTLD_NOLOAD);
     const auto* count = library != nullptr ? static_cast<int*>(dlsym(library, "fake_gdr_in_use")) : nullptr;
     if (library != nullptr) dlclose(library);
     return count != nullptr ? *count : -1;
@@ -60,7 +63,7 @@ TEST_F(GdrCopyTest, AMissingOneIsNamed) {
   // One that is found to be good is not looked at again.
   const auto copy =
       std::filesystem::temp_directory_path() / ("libgdrapi-" + std::to_string(getpid()) + ".so");
-  std::filesystem::copy_file(PPLX_FAKE_GDRAPI, copy, std::filesystem::copy_options::overwrite_existing);
+  std::filesystem::copy_file(kFake, copy, std::filesystem::copy_options::overwrite_existing);
   setenv("PPLX_GDRCOPY", copy.c_str(), 1);
   setenv("FAKE_GDR", "version 3", 1);
   expect(problem(pages_.data, kGpuPage), "of version 3.5, 2.x is needed");
@@ -94,7 +97,7 @@ TEST_F(GdrCopyTest, EveryRefusalIsToldAndLeavesNothingBehind) {
     setenv("FAKE_GDR", how, 1);
     const std::string text = problem(pages_.data, kGpuPage);
     expect(text, says);
-    expect(text, PPLX_FAKE_GDRAPI);
+    expect(text, kFake);
     unsetenv("FAKE_GDR");
     EXPECT_EQ(in_use(), 0) << "after " << how;
     EXPECT_EQ(problem(pages_.data, kGpuPage), "") << "after " << how;

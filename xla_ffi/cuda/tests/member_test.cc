@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "xla_ffi/cuda/tests/beside.h"
 #include "xla_ffi/cuda/tests/member_cluster.h"
 #include "xla_ffi/cuda/tests/step.h"
 
@@ -94,7 +95,7 @@ TEST_F(GpuMembers, HundredsOfStepsInGpuMemory) {
 
 // The words that say so are written through a mapping, here a stand-in's.
 TEST_F(GpuMembers, ArrivalsToldThroughAMapping) {
-  setenv("PPLX_GDRCOPY", PPLX_FAKE_GPU_GDRAPI, 1);
+  setenv("PPLX_GDRCOPY", beside(PPLX_FAKE_GPU_GDRAPI).c_str(), 1);
   for (const RegionMemory memory : {RegionMemory::kPinned, RegionMemory::kDevice}) {
     MemberCluster cluster(problem(2, 0, 2), {.regions = [memory](int) { return memory; }});
     const auto flags = cluster[0].member().stats().flags;
