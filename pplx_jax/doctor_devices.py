@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pplx_jax import environment, topology
 from pplx_jax.errors import PplxError
+from pplx_jax.nics import choose, usable
 
 Found = Callable[[Literal["error", "warning"], str, str], None]
 """Takes a problem: severity, what it is, what to do."""
@@ -41,7 +42,11 @@ def examine_topology(found: Found, *, devices: bool) -> dict[str, Any]:
                 f"GPU {gpu.pci} has no NIC on its NUMA node: its messages cross the processors",
                 "run ranks on GPUs that have one (PPLX_NICS chooses NICs), or ask for another machine type",
             )
-    return dataclasses.asdict(seen)
+    fabric = "efa" if any(usable("efa", nic) for nic in seen.nics) else "verbs"
+    opens = []
+    with contextlib.suppress(ValueError):  # PPLX_NICS, told already
+        opens = [choose(fabric, i, pci=gpu.pci, topology=seen) for i, gpu in enumerate(seen.gpus)]
+    return {**dataclasses.asdict(seen), "opens": [dataclasses.asdict(one) for one in opens]}
 
 
 def examine_gpudirect(
@@ -134,6 +139,9 @@ def show_topology(report: dict[str, Any], console: Console) -> None:
         free = [name for index, name in enumerate(names) if index not in used]
         if free:
             console.print(f"NICs that no GPU uses: {escape(', '.join(free))}.")
+        for gpu, opened in zip(seen["gpus"], seen["opens"], strict=False):
+            chosen = ", ".join(opened["names"]) or "the first that fits"
+            console.print(f"A group on GPU {gpu['pci']} opens {escape(chosen)}: {escape(opened['why'])}.")
     direct = report["gpudirect"]
     dma_buf = {True: "yes", False: "no", None: "unknown"}[direct["dma_buf"]]
     copy = direct["gdrcopy"]

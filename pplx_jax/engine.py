@@ -115,6 +115,9 @@ class TransferEngine:
         nics: up to 8 NICs that share the traffic, names of libfabric domains or :class:`Nic`; None for the
             first that
             ``PPLX_NICS`` names. Engines may have different numbers of them.
+        job: engines with different tokens refuse each other; None for that of ``PPLX_JOB``, or else none. It
+            keeps jobs apart that reach each other by mistake; it is no defence against anybody who listens on
+            the network.
         cpu: core to pin the worker thread to; ``"auto"`` for one that no other engine of this machine has,
             where the process may use eight cores or more; ``None`` for any.
 
@@ -136,6 +139,7 @@ class TransferEngine:
         verbs: VerbsOptions | None = None,
         nics: Sequence[Nic | str] | None = None,
         cpu: int | Literal["auto"] | None = "auto",
+        job: str | None = None,
     ) -> None:
         typed("fabric", fabric, str, "a string")
         if not fabric:
@@ -150,6 +154,8 @@ class TransferEngine:
             typed("verbs", verbs, VerbsOptions, "VerbsOptions or None")
             if fabric != "verbs":
                 raise ValueError(f"verbs: has a meaning for fabric='verbs' only, fabric is {fabric!r}")
+        if job is not None:
+            typed("job", job, str, "a string or None")
         environment.check()
         # Of verbs an address chooses the GID; that of the sockets' interface need not be one of the NIC's.
         address = bind_address or (fabric != "verbs" and environment.socket_address()) or ""
@@ -166,6 +172,7 @@ class TransferEngine:
             timeout=self._timeout,
             sim=dataclasses.asdict(sim or SimOptions()),
             verbs=dataclasses.asdict(verbs or VerbsOptions()),
+            job=environment.job() if job is None else job,
         )
         self._address = Address(self._core.address)
         self._lock = threading.Lock()  # guards _opened

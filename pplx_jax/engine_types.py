@@ -165,6 +165,9 @@ class SimOptions:
         queue_depth: outstanding operations that an endpoint accepts before it pushes back.
         max_write: bytes that one operation takes, longer ones are split; 0 for any number.
         mutual: refuse accesses by engines that the target has not connected to, as EFA does.
+        fences: behave like connections: once an immediate of a sender's NIC is lost all later ones are, so
+            that after the loss of a NIC the peers find out what arrived, and repeat the rest.
+        message_bytes: the longest message, headers included.
     """
 
     seed: int = 0
@@ -177,6 +180,8 @@ class SimOptions:
     queue_depth: int = 4096
     max_write: int = 0
     mutual: bool = False
+    fences: bool = False
+    message_bytes: int = 16384
 
     def __post_init__(self) -> None:
         word = 2**32 - 1
@@ -190,6 +195,8 @@ class SimOptions:
         integer("SimOptions.queue_depth", self.queue_depth, 1, word)
         integer("SimOptions.max_write", self.max_write, 0, 2**64 - 1)
         typed("SimOptions.mutual", self.mutual, bool, "a bool")
+        typed("SimOptions.fences", self.fences, bool, "a bool")
+        integer("SimOptions.message_bytes", self.message_bytes, 2048, 1 << 20)
 
     @classmethod
     def efa(cls, seed: int = 0, network: str = "default") -> Self:
@@ -203,10 +210,11 @@ class SimOptions:
             reorder=True,
             max_delay=6,
             max_pieces=5,
-            stall_every=60,
+            stall_every=50,
             queue_depth=16,
             max_write=1 << 20,
             mutual=True,
+            message_bytes=8192,
         )
 
 

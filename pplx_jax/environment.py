@@ -44,9 +44,16 @@ VARIABLES = (
     ),
     Variable(
         "PPLX_NICS",
-        "libfabric domains (NICs) to open, separated by commas, for providers other than `shm`: this "
-        "process's first device uses the first, and so on, from the start again where there are fewer",
-        "the first that the provider offers",
+        "NICs (RDMA devices, libfabric domains) to open, separated by commas, for fabrics other than `shm`: "
+        "this process's first device uses the first, and so on, from the start again where there are fewer",
+        "of groups on `verbs` and `efa` those nearest to each device, else the first that the provider "
+        "offers",
+    ),
+    Variable(
+        "PPLX_JOB",
+        "A token of the job: engines and groups with different ones refuse each other. It keeps jobs apart "
+        "that reach each other by mistake, and is no defence against whoever listens on the network",
+        "none; groups have one of their own",
     ),
     Variable(
         "PPLX_LIBFABRIC",
@@ -182,6 +189,11 @@ def gdrcopy() -> str | None:
     return _file("PPLX_GDRCOPY", "libgdrapi.so.2, or off")
 
 
+def job() -> str:
+    """PPLX_JOB."""
+    return _get("PPLX_JOB") or ""
+
+
 def nics() -> tuple[str, ...]:
     """PPLX_NICS; whether they exist, the provider says."""
     text = _get("PPLX_NICS")
@@ -219,6 +231,7 @@ PARSERS: tuple[Callable[[], object], ...] = (
     fabric,
     socket_address,
     nics,
+    job,
     libfabric,
     cores,
     topology,

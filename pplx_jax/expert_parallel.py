@@ -18,6 +18,7 @@ from pplx_jax import _core, arguments, environment, gpu, halves, ops, results
 from pplx_jax.config import MAX_RANKS, ExchangeConfig
 from pplx_jax.fabric import Fabric
 from pplx_jax.membership import Membership
+from pplx_jax.nics import check as checked_nics
 from pplx_jax.results import Batch, Route, SentCombine, SentDispatch, order_operands
 
 
@@ -55,6 +56,8 @@ class ExpertParallel:
       num_sms: on GPUs: multiprocessors that an exchange may take, equal on all ranks; default 64, or what the
         smallest GPU of the group has. Its blocks wait for those of other ranks: leave some for kernels that
         run beside it and wait too, such as collectives (NCCL takes up to 32).
+      nics: 1 to 8 NICs that each of this process's devices opens, by name. Default: what ``PPLX_NICS`` names,
+        else, on RDMA networks, those nearest to each device; ``stats()["nics"]`` says which, and why.
 
     Raises:
       TypeError, ValueError: which argument, what it was, what is allowed.
@@ -74,6 +77,7 @@ class ExpertParallel:
         nvlink: bool = True,
         node_size: int | None = None,
         num_sms: int | None = None,
+        nics: Sequence[str] | None = None,
         **config_fields: Any,
     ) -> None:
         if not isinstance(mesh, (Mesh, AbstractMesh)):
@@ -134,6 +138,7 @@ class ExpertParallel:
             float(timeout),
             float(stall_timeout),
             gpu.Options(nvlink, node_size, num_sms),
+            checked_nics(nics),
         )
         # A group that nobody refers to any more frees its memory and name; so does the interpreter's exit.
         weakref.finalize(self, self._membership.close)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pplx_jax import _core, bootstrap, compat, environment, errors, gpu
+from pplx_jax import _core, bootstrap, compat, environment, errors, gpu, nics
 from pplx_jax.engine_types import set_library_search_path
 from pplx_jax.errors import FabricError, GroupClosedError, MismatchError, make_error
 from pplx_jax.fabric import Fabric
@@ -64,6 +64,7 @@ class Membership:
         timeout: float,
         stall_timeout: float,
         gpu_options: gpu.Options,
+        wanted_nics: tuple[str, ...] | None = None,
     ) -> None:
         self._group_id = group.group_id
         self._name = group.name
@@ -77,6 +78,8 @@ class Membership:
         self._timeout = timeout
         self._stall_timeout = stall_timeout
         self._gpu_options = gpu_options
+        self._wanted_nics = wanted_nics
+        self._nics: list[nics.Chosen] = []  # of the members, in their order
         self._members: dict[int, Member] = {}
         self._slices: list[int] = []  # of the members, in their order
         self._masked: frozenset[int] = frozenset()
@@ -210,16 +213,19 @@ class Membership:
         topologies = {
             s: gpu.Topology.of(d, meeting.hosts, self._gpu_options) for s, d in slices.items() if on_gpus
         }
-        token = hmac.new(bootstrap.job_secret(self._timeout), connection.encode(), "sha256").hexdigest()
+        named = f"{environment.job()}/{connection}".encode()
+        token = hmac.new(bootstrap.job_secret(self._timeout), named, "sha256").hexdigest()
         members: dict[int, Member] = {}
+        chosen: list[nics.Chosen] = []
         try:
-            nics = environment.nics() or ("",)
             launches = {slice_index: _core.Launches() for slice_index, _ in local.values()}
             for number, (device, (slice_index, rank)) in enumerate(local.items()):
                 shape = self._config.shape(rank, self._num_ranks, self._experts_per_rank)
                 # On GPUs no runtime watches for collectives that are stuck.
                 shared = len(local) > 1 and not on_gpus
-                config = self._group_config(fabric, address, nics[number % len(nics)], token, shared)
+                pci = gpu.pci(device) if on_gpus else None
+                chosen.append(nics.choose(fabric.name, number, wanted=self._wanted_nics, pci=pci))
+                config = self._group_config(fabric, address, chosen[-1].names, token, shared)
                 config.absent = self.masked
                 config.launches = launches[slice_index]
                 _set_network(config, fabric, f"{connection}/{slice_index}", rank)
@@ -249,6 +255,7 @@ class Membership:
                 member.close()
             raise
         self._slices = [slice_index for slice_index, _ in local.values()]
+        self._nics = chosen
         return members
 
     def _next_connection(self, processes: tuple[int, ...]) -> str:
@@ -286,10 +293,16 @@ class Membership:
             "asked": f"{source}{fabric}",
             "gpu": str(self._gpu_options) if on_gpus else "",
             "most_sms": str(most_sms),
+            "job": _job_label(),
         }
         everybody = cast("dict[int, dict[str, str]]", boot.exchange_json("hello", hello))
         for process, other in everybody.items():
-            for what, shown in (("value", "value"), ("fabric", "asked"), ("gpu", "gpu")):
+            for what, shown in (
+                ("job", "job"),
+                ("value", "value"),
+                ("fabric", "asked"),
+                ("gpu", "gpu"),
+            ):
                 if other[what] != hello[what]:
                     raise MismatchError(
                         f"group '{self._name}' is configured differently on process {boot.process} on "
@@ -312,7 +325,7 @@ class Membership:
         return _Meeting(fabric, address, hosts, most)
 
     def _group_config(
-        self, fabric: Fabric, address: str, nic: str, token: str, shares_process: bool
+        self, fabric: Fabric, address: str, names: tuple[str, ...], token: str, shares_process: bool
     ) -> _core.GroupConfig:
         config = _core.GroupConfig()
         config.name = self._name
@@ -325,10 +338,12 @@ class Membership:
         config.set_timeouts(self._timeout, stall, first)
         # Of verbs an address chooses the GID, and the coordinator's network need not be the NIC's.
         verbs = fabric.name == "verbs"
-        config.set_fabric(fabric.name, fabric.endpoints, "" if verbs else address, nic)
+        config.set_fabric(fabric.name, fabric.endpoints, "" if verbs else address, names[0])
+        if len(names) > 1:
+            config.set_nics(list(names))
+        config.set_job(token)
         if verbs:
-            options = VerbsOptions(**cast("dict[str, Any]", dict(fabric.verbs)), job=token)
-            config.set_verbs(dataclasses.asdict(options))
+            config.set_verbs(dataclasses.asdict(VerbsOptions(**cast("dict[str, Any]", dict(fabric.verbs)))))
         return config
 
     def _exchange_endpoints(self, boot: bootstrap.Bootstrap, members: dict[int, Member]) -> dict[int, bytes]:
@@ -379,6 +394,7 @@ class Membership:
             "name": self._name,
             "state": self.state,
             "fabric": ranks[0]["fabric"] if ranks else None,
+            "nics": [{"names": list(one.names), "why": one.why} for one in self._nics],
             "memory": self._memory(ranks),
             "ranks": ranks,
             "slowest": self._slowest(ranks),
@@ -479,6 +495,14 @@ def _close_together(members: dict[int, Member]) -> list[threading.Thread]:
         except RuntimeError:  # the interpreter shuts down
             member.close()
     return threads
+
+
+def _job_label() -> str:
+    """PPLX_JOB for others to compare; the token itself is not their business."""
+    token = environment.job()
+    if not token:
+        return "PPLX_JOB unset"
+    return f"PPLX_JOB with the hash {hashlib.blake2b(token.encode(), digest_size=6).hexdigest()}"
 
 
 def _on_gpus(mesh: Mesh) -> bool:

@@ -25,8 +25,6 @@ class VerbsOptions:
         relaxed_ordering: let PCIe reorder the bytes of a write, where the device can; completions stay behind
             them.
         connect_timeout: seconds after which a NIC that answers no handshake counts as gone.
-        job: engines with different tokens refuse each other. It keeps jobs apart that reach each other by
-            mistake; it is no defence against anybody who listens on the network.
     """
 
     gid_index: int = -1
@@ -39,14 +37,12 @@ class VerbsOptions:
     retries: int = 7
     relaxed_ordering: bool = True
     connect_timeout: float = 10.0
-    job: str = ""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
             integer(f"VerbsOptions.{name}", getattr(self, name), low, high)
         typed("VerbsOptions.relaxed_ordering", self.relaxed_ordering, bool, "a bool")
         seconds("VerbsOptions.connect_timeout", self.connect_timeout)
-        typed("VerbsOptions.job", self.job, str, "a string")
 
 
 _RANGES = {

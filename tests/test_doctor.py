@@ -192,6 +192,9 @@ def test_topology_is_shown():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mlx5_10" in done.stdout
     assert "NICs that no GPU uses: mlx5_1, mlx5_2, mlx5_7, mlx5_8." in done.stdout
+    assert "opens mlx5_0: nearest to GPU" in done.stdout
+    chosen = run(PPLX_TOPOLOGY=str(TOPOLOGIES / "dgx-h100.xml"), PPLX_NICS="mlx5_1", COLUMNS="200")
+    assert "opens mlx5_1: PPLX_NICS." in chosen.stdout
     assert "GPUDirect RDMA: dma-buf" in done.stdout
 
 

@@ -24,7 +24,6 @@ HAS_DEVICE = DEVICES.is_dir() and any(DEVICES.iterdir())
         (ValueError, {"retries": 8}, r"retries: must be in 0\.\.7"),
         (ValueError, {"send_depth": 1}, "send_depth: must be in 2"),
         (TypeError, {"relaxed_ordering": 1}, "relaxed_ordering: must be a bool"),
-        (TypeError, {"job": b"x"}, "job: must be a string"),
         (ValueError, {"connect_timeout": -1.0}, "connect_timeout"),
     ],
 )
@@ -60,8 +59,7 @@ def test_without_a_device_it_says_what_is_missing():
 
 @pytest.mark.skipif(not HAS_DEVICE, reason="this machine has no RDMA device")
 def test_writes_over_a_device():
-    options = VerbsOptions(job="test")
-    with TransferEngine("verbs", verbs=options) as a, TransferEngine("verbs", verbs=options) as b:
+    with TransferEngine("verbs", job="test") as a, TransferEngine("verbs", job="test") as b:
         source, target = a.register(np.arange(1000)), b.empty(1000, np.int64)
         a.write(source, target.descriptor, imm=7).result(30)
         b.imm_counter(7).wait(1, timeout=30)
