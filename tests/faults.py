@@ -34,7 +34,7 @@ for _folder in (str(TESTS), str(TESTS.parent)):
 from pplx_jax.testing import HostPool, ProcessPool  # noqa: E402 - starts no JAX
 
 #: Seconds of silence after which a peer counts as dead, and how long ranks are stopped.
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 SHORT, LONG = 0.4 * TIMEOUT, 1.7 * TIMEOUT
 #: What a survivor may take to raise: silence, the monitor's interval, and a busy machine of two cores.
 DEADLINE = 3 * TIMEOUT
@@ -228,8 +228,8 @@ class Session:
 
 def open_session(key: str, members: Sequence[int], fabric: str) -> None:
     if key not in _kept:
-        _kept["sockets"] = set(_sockets())  # those of JAX's own services
         _kept[key] = Session(members, fabric)
+        _kept["sockets"] = set(_sockets())  # those of JAX's own services
     _kept[key].open()
 
 
@@ -265,8 +265,11 @@ def _shut_sockets() -> None:
 
 def _left() -> str:
     sockets = len(set(_sockets()) - _kept["sockets"])
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    threads = [name for name in names if name.startswith("pplx")]
+    threads = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            name = (task / "comm").read_text().strip()
+            threads += [name] if name.startswith("pplx") else []
     return f"{sockets} sockets, threads {threads}" if sockets or threads else ""
 
 
@@ -463,7 +466,10 @@ def run_kills(fault: str, stages: Sequence[str]) -> Iterator[Result]:
                     killed_one_by_one, some, "shm" if shm else "tcp", folder, expect_death=dead, timeout=280
                 )[:VICTIM]
         finally:
+            pids = pool.pids
             pool.close(graceful=False)  # JAX would wait for the dead
+            for left in (path for pid in pids for path in Path("/dev/shm").glob(f"{pid}:*")):
+                left.unlink(missing_ok=True)  # libfabric's: who is killed cannot
         for stage, *seen in zip(some, *survivors, strict=True):
             yield Result(fault, stage, tuple(seen))
 
