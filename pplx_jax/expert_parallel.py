@@ -463,6 +463,8 @@ class ExpertParallel:
 
         Returns:
           A dict: ``name``, ``state``, ``fabric``,
+            ``nics``: for each of this process's ranks the ``names`` of the NICs that it opened ("" is the
+            first that the fabric offers), and ``why`` these,
             ``memory``: bytes of one rank, ``regions``, ``staging`` and ``total``; of a connected group on
             GPUs ``device``, ``pinned`` and ``total``, as they are allocated;
             ``ranks``: for each local rank its ``exchanges``, and ``peers`` by rank: ``process`` (host and

@@ -221,7 +221,7 @@ class Traffic {
   size_t messages_ = 0;
 };
 
-// The invariant P60 of docs/protocol.md for networks that fence: as long as one way is left, everything
+// The invariant P69 of docs/protocol.md for networks that fence: as long as one way is left, everything
 // arrives once, whichever NICs fail on either side, whatever was under way then and whichever acknowledgement
 // was lost.
 TEST(FencedNics, LoseNothingAndRepeatNothing) {
