@@ -91,6 +91,7 @@ struct Control {
   std::byte* const* peers;  // [R] each rank's device regions as seen from here; null: reached by proxy
   std::byte* host_regions;  // [lanes][R] of region_bytes, pinned: what comes by proxy; null: nothing does
   std::byte* host_staging;  // [lanes][R] of region_bytes, pinned: what goes by proxy
+  uint32_t told_here;       // not 0: the host writes `relayed` itself, through a mapping of this memory
   // Scratch of the exchanges under way.
   uint32_t* ordinals;  // [lanes, max_tokens, K] of each choice, among this rank's tokens for the expert
   int32_t* slots;      // [lanes, max_tokens, K] of each choice's token on the choice's rank
@@ -107,7 +108,8 @@ struct Control {
   uint32_t failed;                      // Fault of the group
   uint32_t failure_claimed;
   unsigned long long data_errors_claimed;
-  uint64_t relayed[kMaxLanes];   // HostControl's `arrived`, as the last block has seen it
+  uint64_t
+      relayed[kMaxLanes];  // HostControl's `arrived`, as the last block has seen it, or the host writes it
   uint64_t received[kMaxLanes];  // exchange + 1
   uint32_t poisoned[kMaxLanes];  // the send half of the lane's exchange found its data wrong
   uint8_t seen[kMaxSites];       // call sites that have run

@@ -283,7 +283,7 @@ class Exchange {
   // take the bus that the messages travel on.
   __device__ __forceinline__ bool await_host(int32_t source) {
     uint64_t& relayed = args_.control->relayed[lane_];
-    if (blockIdx.x + 1 != gridDim.x) return await(&relayed, source);
+    if (args_.control->told_here != 0 || blockIdx.x + 1 != gridDim.x) return await(&relayed, source);
     if (!await(&args_.control->host->arrived[lane_], source)) return false;
     store_release(&relayed, epoch());
     return true;

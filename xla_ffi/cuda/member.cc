@@ -282,6 +282,7 @@ Control Member::control_values() {
     control.host_regions = host_regions_->device_data();
     control.host_staging = host_staging_->device_data();
   }
+  control.told_here = window_ != nullptr ? 1 : 0;
   const size_t choices =
       size_t{control.lanes} * static_cast<size_t>(shape_.max_tokens) * static_cast<size_t>(shape_.top_k);
   std::byte* at = scratch_->data();
