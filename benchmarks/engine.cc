@@ -1,7 +1,9 @@
-// What the TransferEngine adds to libfabric: two processes play ping-pong and stream, over a bare loop and
-// over the engine in turn, so that both see the same machine.
+// What the TransferEngine adds to its provider: two processes play ping-pong and stream, over a bare loop and
+// over the engine in turn, so that both see the same machine. The bare loop has one NIC, however many the
+// engine has. In-process fabrics (local, sim) move bytes within one thread, against memcpy.
 //
-//   bench_engine [shm|tcp|PROVIDER]... [--repeats N] [--longest BYTES]
+//   bench_engine [local|sim|shm|tcp|verbs|efa|PROVIDER]... [--nics 1,2,4,8] [--names NIC,NIC...]
+//                [--repeats N] [--longest BYTES]
 #include "proxy/engine/engine.h"
 
 #include <sys/mman.h>
@@ -17,17 +19,41 @@
 #include <vector>
 
 #include "benchmarks/bare.h"
+#ifdef PPLX_WITH_VERBS
+#include "benchmarks/bare_verbs.h"
+#endif
 
 namespace pplx::bench {
 namespace {
 
-constexpr size_t kLongest = 16 << 20;
+constexpr size_t kLongest = 64 << 20;
+constexpr size_t kMostNics = 8;
 constexpr uint64_t kWindow = 64;  // writes in flight while streaming
 
 struct Options {
   int repeats = 20;
   size_t longest = kLongest;
+  std::vector<size_t> nics = {1};
+  std::vector<std::string>
+      names;  // of NICs; empty: the first, or addresses 127.0.0.2, ... where those are NICs
 };
+
+EngineConfig configuration(const std::string& fabric, const Options& options, size_t nics) {
+  EngineConfig config;
+  config.fabric = fabric;
+  config.sim.reorder = fabric == "sim";
+  if (!options.names.empty()) config.nic = options.names.front();
+  if (nics == 1) return config;
+  config.nics.resize(nics);
+  for (size_t i = 0; i < nics; ++i) {
+    if (!options.names.empty()) {
+      config.nics[i].name = options.names[i % options.names.size()];
+    } else if (fabric.find("tcp") != std::string::npos) {
+      config.nics[i].bind_address = "127.0.0." + std::to_string(2 + i);
+    }
+  }
+  return config;
+}
 
 // The same kind of memory for both, so that alignment and page size don't tell them apart.
 std::byte* pages(size_t size) {
@@ -39,8 +65,8 @@ std::byte* pages(size_t size) {
 
 class EngineSide {
  public:
-  EngineSide(const std::string& fabric, size_t size)
-      : engine_(config(fabric)),
+  EngineSide(const EngineConfig& config, size_t size)
+      : engine_(config),
         source_(engine_.register_memory(pages(size), size)),
         target_(engine_.register_memory(pages(size), size)) {
     counter_ = engine_.imm_counter(7);
@@ -54,16 +80,31 @@ class EngineSide {
   std::string name() const { return engine_.fabric_name(); }
 
  private:
-  static EngineConfig config(const std::string& fabric) {
-    EngineConfig config;
-    config.fabric = fabric;
-    return config;
-  }
   CompletionCounter done_;
   TransferEngine engine_;
   std::shared_ptr<Region> source_, target_;
   std::shared_ptr<RemoteRegion> remote_;
   ImmCounter counter_;
+};
+
+// What in-process fabrics come down to.
+class CopySide {
+ public:
+  explicit CopySide(size_t size) : source_(pages(size)), target_(pages(size)) {}
+  void connect(const std::vector<std::byte>&) {}
+  std::vector<std::byte> descriptor() const { return {}; }
+  void post(size_t length) {
+    std::memcpy(target_, source_, length);
+    asm volatile("" ::"r"(target_) : "memory");
+    ++done_;
+  }
+  void poll() {}
+  uint64_t sent() const { return done_; }
+  uint64_t received() const { return done_; }
+
+ private:
+  std::byte *source_, *target_;
+  uint64_t done_ = 0;
 };
 
 // A blocking byte stream to the other process.
@@ -149,7 +190,7 @@ struct Pair {
 };
 
 double memcpy_rate(size_t length) {
-  std::vector<std::byte> a(kLongest), b(kLongest);
+  std::vector<std::byte> a(length), b(length);
   std::memset(a.data(), 1, a.size());
   size_t rounds = std::max<size_t>(4, (64 << 20) / std::max<size_t>(length, 64));
   for (int warm = 0;; ++warm) {
@@ -162,9 +203,8 @@ double memcpy_rate(size_t length) {
   }
 }
 
-void play(const std::string& fabric, const Link& link, bool first, const Options& options) {
-  BareSide bare(fabric, pages(kLongest), pages(kLongest), kLongest);
-  EngineSide engine(fabric, kLongest);
+template <typename Bare>
+void play(Bare& bare, EngineSide& engine, const Link& link, bool first, const Options& options) {
   for (auto* text : {"bare", "engine"}) {
     bool is_bare = text[0] == 'b';
     link.put(is_bare ? bare.descriptor() : engine.descriptor());
@@ -178,11 +218,11 @@ void play(const std::string& fabric, const Link& link, bool first, const Options
     std::printf("%9s | %10s %10s %8s %6s | %9s %9s %6s | %7s %7s %7s\n", "bytes", "bare", "engine", "", "",
                 "bare", "engine", "", "bare", "engine", "GB/s");
   }
-  for (size_t length :
-       {size_t{8}, size_t{256}, size_t{4096}, size_t{16384}, size_t{65536}, size_t{1} << 20, kLongest}) {
+  for (size_t length : {size_t{8}, size_t{256}, size_t{4096}, size_t{16384}, size_t{65536}, size_t{1} << 20,
+                        size_t{8} << 20, kLongest}) {
     if (length > options.longest) break;
     auto rounds = std::clamp<uint64_t>((16 << 20) / length, 4, 2000);
-    auto writes = std::clamp<uint64_t>((64 << 20) / length, 8, 10000);
+    auto writes = std::clamp<uint64_t>((64 << 20) / length, length < kLongest ? 8 : 2, 10000);
     Pair latency, rate;
     for (int i = 0; i < options.repeats; ++i) {
       for (bool is_bare : {i % 2 == 0, i % 2 != 0}) {
@@ -209,21 +249,19 @@ void play(const std::string& fabric, const Link& link, bool first, const Options
 // Seconds a write that a process sends to itself, with `window` in flight: one thread, so that neither the
 // other process nor the scheduler is in the way of the engine's own cost.
 template <typename Side>
-double loopback(Side& side, uint64_t window) {
-  constexpr uint64_t kWrites = 1024;
+double loopback(Side& side, uint64_t window, size_t length = 8, uint64_t kWrites = 1024) {
   uint64_t sent = side.sent(), received = side.received();
   double started = seconds();
   for (uint64_t i = 0; i < kWrites; ++i) {
     while (sent + i - side.sent() >= window || received + i - side.received() >= window) side.poll();
-    side.post(8);
+    side.post(length);
   }
   while (side.sent() < sent + kWrites || side.received() < received + kWrites) side.poll();
-  return (seconds() - started) / kWrites;
+  return (seconds() - started) / double(kWrites);
 }
 
-void play_loopback(const std::string& fabric, const Options& options) {
-  BareSide bare(fabric, pages(4096), pages(4096), 4096);
-  EngineSide engine(fabric, 4096);
+template <typename Bare>
+void play_loopback(Bare& bare, EngineSide& engine, const Options& options) {
   bare.connect(bare.descriptor());
   engine.connect(engine.descriptor());
   std::printf("\n%s, 8 bytes from a process to itself, the best of %d trials in turn\n",
@@ -239,29 +277,79 @@ void play_loopback(const std::string& fabric, const Options& options) {
   }
 }
 
-int run(const std::string& fabric, const Options& options) {
+// In one thread: what a write of each length costs beyond copying its bytes.
+void play_in_process(CopySide& bare, EngineSide& engine, const Options& options) {
+  engine.connect(engine.descriptor());
+  std::printf("\n%s, from a process to itself, the best of %d trials in turn\n", engine.name().c_str(),
+              options.repeats);
+  std::printf("%9s | %12s %12s %9s\n", "bytes", "memcpy ns", "engine ns", "GB/s");
+  for (size_t length = 8; length <= options.longest; length *= 8) {
+    const auto writes = std::clamp<uint64_t>((16 << 20) / length, 2, 1024);
+    Pair time;
+    for (int i = 0; i < options.repeats; ++i) {
+      time.bare = std::min(time.bare, loopback(bare, kWindow, length, writes));
+      time.engine = std::min(time.engine, loopback(engine, kWindow, length, writes));
+    }
+    std::printf("%9zu | %12.0f %12.0f %9.2f\n", length, time.bare * 1e9, time.engine * 1e9,
+                double(length) / time.engine * 1e-9);
+    std::fflush(stdout);
+  }
+}
+
+// Makes both sides, with `size` bytes each to write from and to, and hands them to `game`.
+template <typename Game>
+void with_sides(const std::string& fabric, const Options& options, size_t nics, size_t size, Game&& game) {
+  if (fabric == "verbs") {
+#ifdef PPLX_WITH_VERBS
+    BareVerbsSide bare(configuration(fabric, options, 1), pages(size), pages(size), size);
+    EngineSide engine(configuration(fabric, options, nics), size);
+    game(bare, engine);
+#else
+    std::fprintf(stderr, "built without libibverbs' headers\n");
+    std::exit(1);
+#endif
+    return;
+  }
+  BareSide bare(fabric, pages(size), pages(size), size);
+  EngineSide engine(configuration(fabric, options, nics), size);
+  game(bare, engine);
+}
+
+int run(const std::string& fabric, const Options& options, size_t nics) {
   std::fflush(stdout);
+  const bool in_process = fabric == "local" || fabric == "sim";
   pid_t alone = fork();
   if (alone == 0) {
-    play_loopback(fabric, options);
+    if (in_process) {
+      CopySide bare(kLongest);
+      EngineSide engine(configuration(fabric, options, nics), kLongest);
+      play_in_process(bare, engine, options);
+    } else {
+      with_sides(fabric, options, nics, 4096,
+                 [&](auto& bare, EngineSide& engine) { play_loopback(bare, engine, options); });
+    }
     std::fflush(stdout);
     _exit(0);
   }
   int alone_status = 0;
   waitpid(alone, &alone_status, 0);
-  if (options.longest < 8) return alone_status != 0;
+  if (options.longest < 8 || in_process) return alone_status != 0;
 
   int down[2], up[2];
   if (pipe(down) != 0 || pipe(up) != 0) return 1;
   pid_t child = fork();  // before libfabric is touched: providers do not survive a fork
   if (child == 0) {
-    play(fabric, {down[0], up[1]}, false, options);
+    with_sides(fabric, options, nics, kLongest, [&](auto& bare, EngineSide& engine) {
+      play(bare, engine, {down[0], up[1]}, false, options);
+    });
     _exit(0);
   }
   // Again in a child, so that the next provider forks from a clean process.
   pid_t parent = fork();
   if (parent == 0) {
-    play(fabric, {up[0], down[1]}, true, options);
+    with_sides(fabric, options, nics, kLongest, [&](auto& bare, EngineSide& engine) {
+      play(bare, engine, {up[0], down[1]}, true, options);
+    });
     std::fflush(stdout);
     _exit(0);
   }
@@ -269,6 +357,16 @@ int run(const std::string& fabric, const Options& options) {
   waitpid(parent, &status, 0);
   waitpid(child, &other, 0);
   return alone_status != 0 || status != 0 || other != 0;
+}
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    if (end > begin) parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
 }
 
 }  // namespace
@@ -281,13 +379,29 @@ int main(int argc, char** argv) {
     if (std::strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) {
       options.repeats = std::max(1, std::atoi(argv[++i]));
     } else if (std::strcmp(argv[i], "--longest") == 0 && i + 1 < argc) {
-      options.longest = std::strtoull(argv[++i], nullptr, 10);
+      options.longest = std::min(pplx::bench::kLongest, size_t(std::strtoull(argv[++i], nullptr, 10)));
+    } else if (std::strcmp(argv[i], "--nics") == 0 && i + 1 < argc) {
+      options.nics.clear();
+      for (const auto& text : pplx::bench::split(argv[++i])) {
+        const size_t nics = std::strtoull(text.c_str(), nullptr, 10);
+        options.nics.push_back(std::clamp(nics, size_t{1}, pplx::bench::kMostNics));
+      }
+    } else if (std::strcmp(argv[i], "--names") == 0 && i + 1 < argc) {
+      options.names = pplx::bench::split(argv[++i]);
     } else {
       fabrics.emplace_back(argv[i]);
     }
   }
   if (fabrics.empty()) fabrics = {"shm", "tcp"};
   int failed = 0;
-  for (const auto& fabric : fabrics) failed |= pplx::bench::run(fabric, options);
+  for (const auto& fabric : fabrics) {
+    for (size_t nics : options.nics) {
+      if (nics > 1 && fabric == "shm") {
+        std::printf("\nshm has no NICs to choose from: one\n");
+        continue;
+      }
+      failed |= pplx::bench::run(fabric, options, nics);
+    }
+  }
   return failed;
 }

@@ -57,7 +57,9 @@ void EngineCore::start() {
     worker_core_ = config_.cpu;
   }
   worker_ = std::thread([this] { run_worker(); });
-  log(LogLevel::kInfo, "engine ", self_.label(), " on ", fabric_name_);
+  std::string opened;
+  for (const Nic& nic : nics_) opened += (opened.empty() ? "" : ", ") + nic.fabric->name();
+  log(LogLevel::kInfo, "engine ", self_.label(), " on ", opened);
 }
 
 void EngineCore::require_open() const {

@@ -245,6 +245,7 @@ void EngineCore::fail_peer(Peer& peer, const Error& error) {
   auto fail_all = [&](OpQueue& queue) {
     while (!queue.empty()) {
       Op* op = queue.pop();
+      op->undelivered = true;
       Error failure = explain(*op, error);
       finish(op, &failure);
     }

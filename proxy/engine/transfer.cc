@@ -161,6 +161,7 @@ void EngineCore::split_by_bytes(Op* op) {
 
 void EngineCore::enqueue(Peer& peer, Op* op) {
   if (peer.failed) [[unlikely]] {
+    op->undelivered = true;
     Error error = explain(*op, *peer.failed);
     finish(op, &error);
     return;
@@ -214,10 +215,10 @@ bool EngineCore::post(Peer& peer, Op* op) {
     }
     if (result == Post::kFull) return false;
   } catch (const Error& cause) {
+    op->undelivered = true;
     Error error = explain(*op, cause);
     if (cause.kind() == ErrorKind::kPeer) {
       lose_path(peer, op->path, cause);
-      op->undelivered = true;
       if (retry(op)) return true;
     }
     finish(op, &error);
@@ -302,7 +303,11 @@ Error EngineCore::explain(const Op& op, const Error& error) const {
   if (op.has_imm) what += " with immediate " + std::to_string(op.imm);
   what += " of " + std::to_string(op.length) + " bytes ";
   what += op.kind == FabricOp::Kind::kRead ? "from " : "to ";
-  return Error(error.kind(), what + peers_[op.to].label + ": " + error.what());
+  what += peers_[op.to].label + ": " + error.what();
+  if (error.kind() == ErrorKind::kPeer && op.has_imm && !op.undelivered) {
+    what += " (it may have arrived and been counted, or not)";
+  }
+  return Error(error.kind(), what);
 }
 
 void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {

@@ -36,6 +36,8 @@ class VerbsLink {
   bool broken() const { return broken_; }
   uint32_t queue_pair() const { return qp_ ? qp_->qp_num : 0; }
   uint32_t psn() const { return psn_; }
+  ibv_qp* raw() const { return qp_.get(); }  // for benchmarks
+  uint32_t inline_bytes() const { return inline_bytes_; }
 
   // ---- operations
   bool full() const { return queue_.full(); }
