@@ -245,12 +245,13 @@ std::optional<uint32_t> ExchangeGroup::gone_before(uint64_t exchange) {
 
 // --- failure ---------------------------------------------------------------------------------------------
 
-bool ExchangeGroup::record_failure(const Error& error, uint32_t culprit) {
+bool ExchangeGroup::record_failure(const Error& error, uint32_t culprit, bool heard) {
   {
     const std::lock_guard guard(status_mutex_);
     if (failure_) return false;
     failure_ = error;
     failure_culprit_ = culprit < config_.num_ranks ? culprit : kNobody;
+    failure_heard_ = heard;
     failure_run_ = current_run_.load();
     failed_ = true;
   }
@@ -260,7 +261,7 @@ bool ExchangeGroup::record_failure(const Error& error, uint32_t culprit) {
 }
 
 void ExchangeGroup::fail(const Error& error, uint32_t culprit) {
-  if (!record_failure(error, culprit)) return;
+  if (!record_failure(error, culprit, false)) return;
   AbortNotice notice{};
   notice.exchange = latest_exchange();
   describe(error, culprit, notice);
@@ -370,16 +371,20 @@ void ExchangeGroup::read_notices() {
       const auto kind = notice.error_kind <= static_cast<uint8_t>(ErrorKind::kRouting)
                             ? static_cast<ErrorKind>(notice.error_kind)
                             : ErrorKind::kPeer;
-      record_failure(Error(kind, rank_name(rank) + what + ": " + notice.text), notice.culprit);
+      record_failure(Error(kind, what + notice.text), notice.culprit, true);
     };
     // Not passed on at once: whoever failed has told every peer itself, if it could.
     if (peer.failures.value() != 0 && !peer.failure_read.exchange(true) && read(rank, kFailedSlot, notice)) {
-      believe(" failed in exchange " + std::to_string(notice.exchange));
+      believe(rank_name(rank) + " failed in exchange " + std::to_string(notice.exchange) + ": ");
     }
     if (!peer.gone && peer.closings.value() != 0 && read(rank, kClosedSlot, notice)) {
       peer.last_words = notice.exchange;
       peer.gone = true;
-      if (notice.text[0] != '\0') believe(" closed the group after a failure");
+      // What the closer has only heard goes on in the words of whose failure it is: they say who, and a chain
+      // of ranks that close must not push that out of the notice.
+      if (notice.text[0] != '\0') {
+        believe(notice.heard != 0 ? "" : rank_name(rank) + " closed the group after a failure: ");
+      }
     }
   }
 }
@@ -477,6 +482,7 @@ void ExchangeGroup::close() {
     {
       const std::lock_guard guard(status_mutex_);
       if (failure_) describe(*failure_, failure_culprit_, notice);
+      notice.heard = failure_heard_ ? 1 : 0;
     }
     broadcast(notice, kClosedSlot);
     // What a peer still needs to finish its last exchange must leave before the endpoints close.
@@ -506,13 +512,13 @@ GroupStats ExchangeGroup::stats() const {
   stats.staging_bytes = buffers_.staging->size();
   stats.fabric = engine_->fabric_name();
   for (const auto& peer : peers_) {
-    stats.peers.push_back({.process = peer->process,
-                           .sent_bytes = peer->sent_bytes.load(),
-                           .received_bytes = peer->received_bytes.load(),
-                           .waited = Duration(peer->waited_ns.load()),
-                           .longest_wait = Duration(peer->longest_wait_ns.load()),
-                           .recent_wait =
-                               Duration(static_cast<int64_t>(peer->recent_wait(latest_exchange())))});
+    stats.peers.push_back(
+        {.process = peer->process,
+         .sent_bytes = peer->sent_bytes.load(),
+         .received_bytes = peer->received_bytes.load(),
+         .waited = Duration(peer->waited_ns.load()),
+         .longest_wait = Duration(peer->longest_wait_ns.load()),
+         .recent_wait = Duration(static_cast<int64_t>(peer->recent_wait(latest_exchange())))});
   }
   stats.engine = engine_->stats();
   return stats;

@@ -178,7 +178,7 @@ class ExchangeGroup {
   void beat();
   void check_liveness(Clock::time_point now, Duration absent);
   // Records the failure unless there is one. Returns whether it is the first.
-  bool record_failure(const Error& error, uint32_t culprit);
+  bool record_failure(const Error& error, uint32_t culprit, bool heard);
   void broadcast(const AbortNotice& notice, NoticeSlot slot);
   // Messages that peers did not take, maybe of exchanges that are over here: fails the group. `lane` is that
   // of the exchange under way, which `where` describes.
@@ -219,6 +219,7 @@ class ExchangeGroup {
   std::optional<Error> failure_;
   std::optional<int64_t> failure_run_;
   uint32_t failure_culprit_ = kNobody;
+  bool failure_heard_ = false;  // from a peer
   std::optional<Error> data_error_;
   int64_t data_error_run_ = 0;
   struct DeferredRaise {

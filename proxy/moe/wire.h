@@ -68,8 +68,8 @@ struct AbortNotice {
   uint8_t error_kind;  // ErrorKind of the failure, also of a close after one
   uint32_t nonce;      // the sender's
   uint32_t source;
-  uint32_t culprit;  // the rank held responsible; ~0: none
-  uint32_t reserved;
+  uint32_t culprit;   // the rank held responsible; ~0: none
+  uint32_t heard;     // a close after a failure: 1: of which another rank told the closer
   uint64_t exchange;  // a failure: the one under way; a close: how many were sent in full
   char text[224];     // zero-terminated; of a close in good order empty
 };
