@@ -298,6 +298,22 @@ fuzz() {
      echo "fuzz_NAME: $(grep -o "number_of_executed_units.*" build/fuzz/NAME.log)"'
 }
 
+# The exchange's real code on virtual time: seeds of the day for SIM_SECONDS, some that stay the same, each run twice,
+# a rank's death at every step of a program, and bugs that must be caught.
+SIM_SECONDS=${SIM_SECONDS:-20}
+sim() {
+  local folder=build/release/tests/sim day
+  [[ $(uname -s) == Linux ]] || skip "it replaces parts of glibc"
+  cmake --preset release -DPython_EXECUTABLE="$VENV/bin/python" >build/release.log || { cat build/release.log; return 1; }
+  cmake --build --preset release -j "$JOBS" --target pplx_sim pplx_sim_mutants
+  day=$(date -u +%Y%m%d)
+  say "the day's seeds begin at ${day}0000"
+  "$folder/pplx_sim" --seed "${day}0000" --seeds 10000 --seconds "$SIM_SECONDS" --jobs "$JOBS"
+  "$folder/pplx_sim" --seed 1 --seeds 30 --twice --jobs "$JOBS"
+  "$folder/pplx_sim" --seed 1 --ranks 3 --exchanges 4 --faults kill,freeze,nic --every-step --jobs "$JOBS"
+  "$VENV/bin/python" tests/sim/mutants.py run "$folder/pplx_sim_mutants"
+}
+
 model() {
   command -v spin >/dev/null || skip "spin is not installed"
   "$VENV/bin/python" tests/model/run.py --jobs "$JOBS"
@@ -413,6 +429,7 @@ case $COMMAND in
     stage ctest-tsan cpp tsan
     stage fuzz fuzz
     stage model model
+    stage sim sim
     stage clang-tidy check_clang_tidy
     stage newest-python newest_python
     stage wheel wheel

@@ -12,10 +12,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <sstream>
 #include <utility>
 
+#include "tests/sim/mutants.h"
 #include "tests/sim/system.h"
 #include "tests/sim/trial.h"
 
@@ -36,7 +38,10 @@ constexpr const char* kUsage = R"(usage: pplx_sim [options]
   --faults A,B      one of these: none kill freeze pause stop suspend straggle nic leave give-up mismatch data
   --fault-rank R, --fault-call N, --fault-step N
                     where it strikes
-  --every-step      each fault of --faults in every call, at every post and poll of it (small programs only)
+  --every-step      one seed's program with each of --faults in every call of --fault-rank (0), at every post
+                    and poll of it
+  --stop-at N       begin no new seed after N have failed (default 5)
+  --mutant NAME     switch on a bug of mutants.py (pplx_sim_mutants only)
   --twice           runs every seed twice and compares the histories
   --here            in this process, for debuggers; one seed
   --verbose         a line for every seed
@@ -44,7 +49,7 @@ constexpr const char* kUsage = R"(usage: pplx_sim [options]
 
 struct Options {
   Wishes wishes;
-  uint64_t seeds = 1, total = 0, jobs = 1;
+  uint64_t seeds = 1, total = 0, jobs = 1, stop_at = 5;
   double seconds = 0;
   bool every_step = false, twice = false, here = false, verbose = false;
 };
@@ -110,6 +115,7 @@ class Sweep {
     RealClock::time_point began;
   };
 
+  void list_steps();
   std::optional<Task> next();
   void start(const Task& task);
   void collect();
@@ -123,15 +129,21 @@ class Sweep {
   std::map<std::string, uint64_t> faults_;
   uint64_t started_ = 0, done_ = 0, wrong_ = 0, repeated_ = 0;
   Result sum_;
-  // --every-step: faults in turn, in every call at every step until a step is beyond the call's end.
-  size_t fault_ = 0, call_ = 1, step_ = 1;
+  std::deque<Wishes> listed_;  // --every-step
   std::optional<Task> again_;
 };
 
 std::optional<Task> Sweep::next() {
   if (again_) return std::exchange(again_, std::nullopt);
   if (options_.seconds > 0 && elapsed() >= options_.seconds) return std::nullopt;
-  if (wrong_ >= 5) return std::nullopt;
+  if (wrong_ >= options_.stop_at) return std::nullopt;
+  if (options_.every_step) {
+    if (listed_.empty()) return std::nullopt;
+    ++started_;
+    Task task{.wishes = std::move(listed_.front())};
+    listed_.pop_front();
+    return task;
+  }
   if (options_.total > 0 ? sum_.exchanges >= options_.total : started_ >= options_.seeds) return std::nullopt;
   Task task{.wishes = options_.wishes};
   task.wishes.seed += started_++;
@@ -231,7 +243,42 @@ void Sweep::ended(Child& child, int status) {
   sum_.virtual_time += result.virtual_time;
 }
 
+// Every post and poll of the victim, counted in a run without a fault.
+void Sweep::list_steps() {
+  Wishes wishes = options_.wishes;
+  wishes.fault_rank = wishes.fault_rank.value_or(0);
+  const auto kinds = std::exchange(wishes.faults, {FaultKind::kNone});
+  std::array<int, 2> ends{};
+  if (pipe(ends.data()) != 0) throw std::runtime_error("no pipe");
+  const pid_t pid = fork();
+  if (pid < 0) throw std::runtime_error("no process");
+  if (pid == 0) {
+    const Report report = run_trial(draw(wishes));
+    write_all(ends[1], report.steps.data(), report.steps.size() * sizeof report.steps[0]);
+    _exit(0);
+  }
+  close(ends[1]);
+  std::vector<uint64_t> steps;
+  for (uint64_t count = 0; read(ends[0], &count, sizeof count) == sizeof count;) steps.push_back(count);
+  close(ends[0]);
+  waitpid(pid, nullptr, 0);
+  for (const FaultKind kind : kinds) {
+    for (size_t call = 1; call <= steps.size(); ++call) {
+      for (uint64_t step = 1; step <= steps[call - 1]; ++step) {
+        Wishes one = wishes;
+        one.faults = {kind};
+        one.fault_call = call;
+        one.fault_step = step;
+        listed_.push_back(std::move(one));
+      }
+    }
+  }
+  std::printf("%zu steps of rank %u in %zu calls\n", listed_.size() / std::max<size_t>(1, kinds.size()),
+              *wishes.fault_rank, steps.size());
+}
+
 int Sweep::run() {
+  if (options_.every_step) list_steps();
   for (;;) {
     while (children_.size() < options_.jobs) {
       const auto task = next();
@@ -288,9 +335,23 @@ uint64_t number(const char* option, const char* text, uint64_t most = UINT64_MAX
 Options parse(int argc, char** argv) {
   Options options;
   options.wishes.seed = 1;
-  enum { kSeed = 1, kSeeds, kTotal, kSeconds, kJobs, kRanks, kExchanges, kFaults, kRank, kCall, kStep };
+  enum {
+    kSeed = 1,
+    kSeeds,
+    kTotal,
+    kSeconds,
+    kJobs,
+    kRanks,
+    kExchanges,
+    kFaults,
+    kRank,
+    kCall,
+    kStep,
+    kStopAt,
+    kMutant
+  };
   enum { kEveryStep = 100, kTwice, kHere, kVerbose, kHelp };
-  const std::array<option, 17> known = {{{"seed", required_argument, nullptr, kSeed},
+  const std::array<option, 19> known = {{{"seed", required_argument, nullptr, kSeed},
                                          {"seeds", required_argument, nullptr, kSeeds},
                                          {"total", required_argument, nullptr, kTotal},
                                          {"seconds", required_argument, nullptr, kSeconds},
@@ -301,6 +362,8 @@ Options parse(int argc, char** argv) {
                                          {"fault-rank", required_argument, nullptr, kRank},
                                          {"fault-call", required_argument, nullptr, kCall},
                                          {"fault-step", required_argument, nullptr, kStep},
+                                         {"stop-at", required_argument, nullptr, kStopAt},
+                                         {"mutant", required_argument, nullptr, kMutant},
                                          {"every-step", no_argument, nullptr, kEveryStep},
                                          {"twice", no_argument, nullptr, kTwice},
                                          {"here", no_argument, nullptr, kHere},
@@ -350,6 +413,12 @@ Options parse(int argc, char** argv) {
         }
         break;
       }
+      case kStopAt:
+        options.stop_at = value();
+        break;
+      case kMutant:
+        switch_on(optarg);
+        break;
       case kEveryStep:
         options.every_step = true;
         break;

@@ -102,6 +102,7 @@ Program draw_program(Random& random, const Problem& problem, uint64_t exchanges)
     program.calls += segment.sends.size() * (segment.halves ? 2 : 1);
     program.segments.push_back(std::move(segment));
   }
+  program.segments.back().abandons = false;  // what nobody receives any more is not closed after
   return program;
 }
 
@@ -118,6 +119,7 @@ SimConfig draw_network(Random& random, uint64_t seed) {
   if (random.one_in(4)) sim.queue_depth = static_cast<uint32_t>(random.between(1, 8));
   if (random.one_in(4)) sim.max_write = static_cast<uint64_t>(random.any_magnitude(1024)) + 63;
   sim.mutual = random.one_in(6);
+  sim.fences = random.one_in(2);
   return sim;
 }
 
@@ -138,6 +140,8 @@ Fault draw_fault(Random& random, const Wishes& wishes, const Scenario& scenario)
   for (const Segment& segment : program.segments) sends += segment.sends.size();
   const bool own = fault.kind >= FaultKind::kLeave || fault.kind == FaultKind::kStraggle;
   fault.call = 1 + random.below(own ? sends : program.calls + 1);
+  // While nobody closes: a close waits two seconds by the clock, and what leaves later is lost.
+  if (fault.kind == FaultKind::kSuspend) fault.call = 1 + fault.call % (sends / 2 + 1);
   fault.step = random.below(4 * static_cast<uint64_t>(program.problem.ranks) + 8);
   fault.nic = static_cast<uint32_t>(random.below(8));
   fault.tells = random.one_in(2);
@@ -209,6 +213,11 @@ Scenario draw(const Wishes& wishes) {
 
   scenario.fault = draw_fault(for_fault, wishes, scenario);
   const Fault& fault = scenario.fault;
+  // Who takes nothing keeps what was posted to it in the queues of its peers' NICs; full queues would silence
+  // those, too. Real queues are longer than that.
+  if (fault.kind == FaultKind::kFreeze || fault.kind == FaultKind::kStop) {
+    scenario.engine.sim.queue_depth = SimConfig().queue_depth;
+  }
   if (fault.kind == FaultKind::kData) {
     Program& program = scenario.programs[0];
     Segment& segment = program.segments[for_fault.below(program.segments.size())];
@@ -236,6 +245,7 @@ std::string Scenario::text() const {
   out << "; delay " << sim.max_delay << ", pieces " << sim.max_pieces << ", stalls " << sim.stall_every
       << ", queue " << sim.queue_depth << ", longest write " << sim.max_write;
   if (sim.mutual) out << ", mutual";
+  if (sim.fences) out << ", fences";
   out << ", endpoints " << engine.endpoints << ", NICs";
   for (const size_t n : nics) out << ' ' << n;
   out << "; fault " << fault_name(fault.kind);

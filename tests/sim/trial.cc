@@ -58,6 +58,11 @@ class Trial final : public Border {
   };
 
   void step(uint32_t process) override;
+  void note_steps(uint32_t process) {
+    if (process == scenario_.fault.rank && processes_[process].call > 0 && generation_of_fault_) {
+      report_.steps.push_back(processes_[process].step);
+    }
+  }
   bool due(size_t call, size_t step) const;
   void strike();
   void live(uint32_t process);
@@ -75,7 +80,8 @@ class Trial final : public Border {
   Random random_;
   std::vector<Process> processes_;
   std::vector<Generation> generations_;
-  bool armed_ = false;  // all are connected
+  bool armed_ = false;               // all are connected
+  bool generation_of_fault_ = true;  // the rank of the fault has not left it
   std::optional<Nanoseconds> struck_at_, resumed_at_;
   Report report_;
 };
@@ -152,6 +158,7 @@ class Trial::Role final : public Conductor {
  public:
   Role(Trial& trial, uint32_t process, bool faulty) : trial_(trial), process_(process), faulty_(faulty) {}
   void call_begins(size_t call) override {
+    trial_.note_steps(process_);
     trial_.processes_[process_].call = call;
     trial_.processes_[process_].step = 0;
   }
@@ -230,8 +237,10 @@ void Trial::take_part(size_t generation, uint32_t rank) {
   outcome.close_began = scheduler_.now();
   member->group.close();
   outcome.close_took = scheduler_.now() - outcome.close_began;
-  if (faulty && group.processes[rank] == scenario_.fault.rank && !struck_at_) {
-    strike();  // at its end at the latest
+  if (group.processes[rank] == scenario_.fault.rank && generation == 0) {
+    note_steps(group.processes[rank]);
+    generation_of_fault_ = false;
+    if (faulty && !struck_at_) strike();  // at its end at the latest
   }
   process.member = nullptr;
   member.reset();
@@ -247,7 +256,9 @@ bool Trial::names_the_culprit(uint32_t rank, const std::string& failure) const {
       if (rank == fault.rank) return true;  // it is told who gave it up, or that they have gone
       break;
     case FaultKind::kNic:
-      return failure.find("rank ") != std::string::npos;  // on either side of a path
+      // Cut off, it hears of nobody; the others may find either side of a path at fault.
+      return rank == fault.rank || failure.find("no message to rank ") != std::string::npos ||
+             failure.find("rank " + std::to_string(fault.rank)) != std::string::npos;
     case FaultKind::kMismatch:
       return failure.find("all ranks must run the same exchanges") != std::string::npos ||
              failure.find("another call") != std::string::npos;
@@ -321,7 +332,9 @@ void Trial::judge(size_t generation, uint32_t rank, const Outcome& outcome,
     complain(who + "failed before the fault: " + outcome.failure);
     return;
   }
-  if (!names_the_culprit(rank, outcome.failure)) {
+  const bool of_mismatch = outcome.failure.find("all ranks must run") != std::string::npos ||
+                           outcome.failure.find("broke the protocol") != std::string::npos;
+  if (!names_the_culprit(rank, outcome.failure) || (of_mismatch && fault.kind != FaultKind::kMismatch)) {
     complain(who + "names another culprit: " + outcome.failure);
   }
   const Nanoseconds since = victim && resumed_at_ ? *resumed_at_ : *struck_at_;
@@ -380,6 +393,8 @@ Report Trial::run() {
   }
   set_border(nullptr);
   judge();
+  if (fault.kind == FaultKind::kMismatch && struck_at_ && !report_.failed)
+    complain("nobody saw the mismatch");
   report_.struck = struck_at_.has_value();
   report_.switches = scheduler_.switches();
   report_.virtual_time = scheduler_.now();

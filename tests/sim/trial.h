@@ -16,8 +16,9 @@ struct Report {
   uint64_t compared = 0;                // calls whose outputs were compared with the oracle's
   uint64_t switches = 0, digest = 0;
   Nanoseconds virtual_time = 0;
-  bool struck = false;  // the fault
-  bool failed = false;  // the group of the fault
+  std::vector<uint64_t> steps;  // posts and polls of the fault's rank, by call
+  bool struck = false;          // the fault
+  bool failed = false;          // the group of the fault
 };
 
 // Once in a process: nonces go on counting.
