@@ -108,8 +108,7 @@ struct Control {
   uint32_t failed;                      // Fault of the group
   uint32_t failure_claimed;
   unsigned long long data_errors_claimed;
-  uint64_t
-      relayed[kMaxLanes];  // HostControl's `arrived`, as the last block has seen it, or the host writes it
+  uint64_t relayed[kMaxLanes];   // HostControl's `arrived`, as the last block or the host tells it
   uint64_t received[kMaxLanes];  // exchange + 1
   uint32_t poisoned[kMaxLanes];  // the send half of the lane's exchange found its data wrong
   uint8_t seen[kMaxSites];       // call sites that have run

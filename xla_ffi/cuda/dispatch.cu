@@ -16,7 +16,7 @@ namespace {
 // Of the blocks, where some only send at first.
 constexpr double kSenderShare = 0.36;
 // More parts of a row cost more in epochs than more warps gain.
-constexpr int32_t kMostUnits = 4;
+constexpr int32_t kMostUnits = 6;
 
 template <typename T, int kTopK, bool kSend, bool kRecv>
 struct Dispatch {

@@ -140,7 +140,7 @@ int most_blocks(int device, const MoeShape& shape) {
   check(load_kernels(shape, &blocks), "loading kernels for " + std::to_string(shape.physical_experts()) +
                                           " experts, top_k=" + std::to_string(shape.top_k) +
                                           ", on CUDA device " + std::to_string(device) +
-                                          " (they need 163 KB of shared memory a block or more)");
+                                          " (they need 161 KB of shared memory a block or more)");
   return blocks;
 }
 
