@@ -136,9 +136,10 @@ def verdict(samples: list[Sample]) -> list[str]:
     if after - before > max(SLACK_MIB, SLACK_PART * before):
         grown.append(f"memory from {before:.1f} to {after:.1f} MiB")
     for name in ("descriptors", "threads", "registrations"):
-        low, high = (max(getattr(s, name) for s in part) for part in (early, late))
-        if high > low:
-            grown.append(f"{name} from {low} to {high}")
+        most = max(getattr(s, name) for s in early)
+        least = min(getattr(s, name) for s in late)  # connections come and go by one or two
+        if least > most:
+            grown.append(f"{name} from {most} to {least}")
     return grown
 
 

@@ -1,8 +1,11 @@
 #include "proxy/moe/exchange_group.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <utility>
@@ -30,6 +33,15 @@ std::string process_name() {
   char host[128] = "?";
   gethostname(host, sizeof(host) - 1);
   return std::string(host) + " pid " + std::to_string(getpid());
+}
+
+// Whether that was a process of this host, as process_name() names it, and is no more.
+bool is_gone(const std::string& process) {
+  const std::string own = process_name();
+  const size_t host = own.rfind(" pid ") + 5;
+  if (process.compare(0, host, own, 0, host) != 0) return false;
+  const int pid = std::atoi(process.c_str() + host);
+  return pid > 0 && kill(pid, 0) != 0 && errno == ESRCH;
 }
 
 void describe(const Error& error, uint32_t culprit, AbortNotice& notice) {
@@ -426,6 +438,8 @@ void ExchangeGroup::beat() {
 
 // `absent`: how long this process itself did not run; that time is no peer's silence.
 void ExchangeGroup::check_liveness(Clock::time_point now, Duration absent) {
+  std::vector<uint32_t> silent;
+  Duration longest{0};
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
     Peer& peer = *peers_[rank];
     if (rank == config_.rank || peer.gone) continue;
@@ -435,14 +449,22 @@ void ExchangeGroup::check_liveness(Clock::time_point now, Duration absent) {
     if (signs != peer.signs) {
       peer.signs = signs;
       peer.last_sign = now;
-    } else if (now - peer.last_sign > config_.timeout) {
-      const auto seconds = std::chrono::duration<double>(config_.timeout).count();
-      fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + rank_name(rank) +
-                                       " gave no sign of life for " + std::to_string(seconds) +
-                                       " s (timeout=): it died, is stopped or unreachable"),
-           rank);
     }
+    longest = std::max(longest, now - peer.last_sign);
+    if (now - peer.last_sign > config_.timeout * 3 / 4) silent.push_back(rank);
   }
+  if (longest <= config_.timeout) return;
+  // Who dies can keep others from being heard, where they write into one queue (shm): all are named, those
+  // first whose process is gone.
+  std::stable_partition(silent.begin(), silent.end(),
+                        [&](uint32_t rank) { return is_gone(peers_[rank]->process); });
+  std::string names;
+  for (const uint32_t rank : silent) names += (names.empty() ? "" : ", ") + rank_name(rank);
+  const auto seconds = std::chrono::duration<double>(config_.timeout).count();
+  fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + names + " gave no sign of life for " +
+                                   std::to_string(seconds) +
+                                   " s (timeout=): it died, is stopped or unreachable"),
+       silent.front());
 }
 
 void ExchangeGroup::monitor() {
