@@ -42,8 +42,10 @@ DEADLINE = 3 * TIMEOUT
 CLOSING = 4.0
 RANKS = 3
 VICTIM = 2
-#: JAX's coordination service ends all processes 100 s after one of them died, so many may die in one run.
+#: Processes that die in one pool, one after the other.
 MOST_DEATHS = 4
+#: Without it JAX's coordination service ends all processes 100 s after one of them died.
+RECOVERABLE = {"JAX_ENABLE_RECOVERABILITY": "1"}
 
 EXCHANGES = ("dispatch", "combine", "combine transpose", "dispatch transpose")
 STAGES = tuple(f"{exchange}, {when}" for exchange in EXCHANGES for when in ("not sent", "sent"))
@@ -459,7 +461,7 @@ def run_kills(fault: str, stages: Sequence[str]) -> Iterator[Result]:
         some = stages[first : first + MOST_DEATHS]
         dead = {VICTIM + number: signal.SIGKILL for number in range(len(some))}
         shm = fault == "kill shm"
-        pool = (ProcessPool if shm else HostPool)(VICTIM + len(some))
+        pool = (ProcessPool if shm else HostPool)(VICTIM + len(some), env=RECOVERABLE)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 survivors = pool.run(

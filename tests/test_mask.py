@@ -127,7 +127,8 @@ def test_decoding_goes_on_without_the_dead(experts_map):
     from pplx_jax.testing import HostPool
 
     deaths = {2: 3, 5: 1}
-    with HostPool(4, timeout=120) as pool:
+    # As a deployment has to, for JAX to live with dead processes.
+    with HostPool(4, timeout=120, env={"JAX_ENABLE_RECOVERABILITY": "1"}) as pool:
         expected = dict.fromkeys(deaths.values(), signal.SIGKILL)
         reports = pool.run(decode, experts_map, deaths, expect_death=expected)
         pool.close(graceful=False)
