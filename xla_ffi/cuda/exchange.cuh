@@ -43,8 +43,7 @@ struct Roles {
     if (split) {
       wait_at(kReady, kThreads);
     } else if (places) {
-      placers.sync();
-      if (placers.thread() == 0) placed.set();
+      placed.arrive();
       __syncwarp();
     } else {
       placed.wait();
@@ -74,7 +73,7 @@ class Exchange {
       state_.stop = open == 0 || failed != 0 ? 1 : 0;
       state_.poisoned = state_.last = state_.skip = state_.tainted = 0;
       for (uint32_t& taken : state_.taken) taken = 0;
-      Signal(state_.placed).reset();
+      Signal(state_.placed).reset(kPlacers);
       state_.bad = ~0ULL;
     } else if (thread >= kWarp && thread < kWarp + static_cast<int>(kMaxLanes)) {
       state_.received[thread - kWarp] = load_volatile(&control.received[thread - kWarp]);

@@ -59,16 +59,16 @@ __device__ inline void wait_at(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
 
-// Says once to the threads of a block that something has been done, in shared memory.
+// Says once to the threads of a block that some of them have done something, in shared memory.
 class Signal {
  public:
   __device__ explicit Signal(uint64_t& word) : at_(static_cast<uint32_t>(__cvta_generic_to_shared(&word))) {}
-  // By one thread, before a barrier of the block.
-  __device__ void reset() const {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(at_) : "memory");
+  // By one thread, before a barrier of the block: so many threads will have done it.
+  __device__ void reset(uint32_t threads) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(at_), "r"(threads) : "memory");
   }
-  // By one thread: what it knows of is known to those that wait.
-  __device__ void set() const {
+  // By each of these.
+  __device__ void arrive() const {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" : : "r"(at_) : "memory");
   }
   __device__ void wait() const {
