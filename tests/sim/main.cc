@@ -2,6 +2,7 @@
 #include <getopt.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -162,6 +163,7 @@ void Sweep::start(const Task& task) {
   if (pid < 0) throw std::runtime_error("no process");
   if (pid == 0) {
     close(ends[0]);
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0UL, 0UL, 0UL);
     alarm(600);  // real seconds: whatever hangs without the simulation noticing
     const Report report = run_trial(draw(task.wishes));
     const Result result = result_of(report);
