@@ -221,6 +221,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void recycle(Op* op);
   void taken_back_by_fabric(Peer& peer, Op* op);
   void abandon(Peer& peer, Op* op, const Error& error);
+  void end_with_peer(Peer& peer, Op* op, const Error& error);
   void record(const Op& op, bool failed);
   Error explain(const Op& op, const Error& error) const;
 

@@ -216,6 +216,10 @@ bool EngineCore::post(Peer& peer, Op* op) {
     if (result == Post::kFull) return false;
   } catch (const Error& cause) {
     op->undelivered = true;
+    if (cause.kind() == ErrorKind::kClosed) {
+      end_with_peer(peer, op, cause);
+      return true;
+    }
     Error error = explain(*op, cause);
     if (cause.kind() == ErrorKind::kPeer) {
       lose_path(peer, op->path, cause);
@@ -334,11 +338,23 @@ void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
     return;
   }
   ++peer.paths[op->path].traffic.errors;
+  if (error->kind() == ErrorKind::kClosed) {
+    end_with_peer(peer, op, *error);
+    return;
+  }
   Error failure = explain(*op, *error);
   if (error->kind() == ErrorKind::kPeer) {
     lose_path(peer, op->path, *error);
     if (retry(op) || (!op->undelivered && doubts_->take(op, *error))) return;
   }
+  finish(op, &failure);
+}
+
+// Its engine was closed, with all of its NICs.
+void EngineCore::end_with_peer(Peer& peer, Op* op, const Error& error) {
+  const Error gone(ErrorKind::kPeer, error.what());
+  fail_peer(peer, gone);
+  const Error failure = explain(*op, gone);
   finish(op, &failure);
 }
 

@@ -246,13 +246,19 @@ void VerbsFabric::on_bye(const Handshake& bye) {
   if (bye.to != self_.id || bye.job != self_.job || bye.version != kHandshakeVersion) return;
   const auto found = peers_by_id_.find(bye.nic.id);
   if (found == peers_by_id_.end() || !(found->second->nic == bye.nic)) return;
-  fail_peer(*found->second, Error(ErrorKind::kPeer, found->second->label + " closed its engine"));
+  Peer& peer = *found->second;
+  if (bye.number == 0) {
+    fail_peer(peer, Error(ErrorKind::kClosed, peer.label + " closed its engine"));
+  } else {
+    fail_peer(peer, Error(ErrorKind::kPeer, peer.label + " took that NIC out"));
+  }
 }
 
-void VerbsFabric::say_bye(const Peer& peer) {
+void VerbsFabric::say_bye(const Peer& peer, bool nic_only) {
   if (!peer.path) return;
-  device_->send_datagram(peer.path.get(), peer.nic.datagram_qp,
-                         handshake(Handshake::Type::kBye, peer.nic.id));
+  Handshake bye = handshake(Handshake::Type::kBye, peer.nic.id);
+  bye.number = nic_only ? 1 : 0;
+  device_->send_datagram(peer.path.get(), peer.nic.datagram_qp, bye);
 }
 
 // Peers would find out, but only after their NIC's last attempt.
@@ -269,7 +275,7 @@ void VerbsFabric::say_bye() {
   for (auto& peer : peers_) {
     if (!peer || peer->self || peer->failed || !peer->path) continue;
     while (!device_->may_send_datagram() && Clock::now() < limit) sent();
-    say_bye(*peer);
+    say_bye(*peer, false);
   }
   while (!device_->datagrams_sent() && Clock::now() < limit) sent();
 }

@@ -99,7 +99,7 @@ class VerbsFabric final : public Fabric {
   void on_refusal(const Handshake& refusal);
   void on_bye(const Handshake& bye);
   void refuse(const Handshake& hello, const std::string& why);
-  void say_bye(const Peer& peer);
+  void say_bye(const Peer& peer, bool nic_only);
   void say_bye();
   bool ensure_path(Peer& peer);
   void confirmed(VerbsLink& link);

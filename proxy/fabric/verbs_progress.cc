@@ -237,7 +237,7 @@ void VerbsFabric::drain(FabricEvents& events) {
   for (size_t i = 0; i < peers_.size(); ++i) {  // by number: polls may add some
     wait([&] { return device_->may_send_datagram(); });
     if (!peers_[i] || peers_[i]->failed) continue;
-    if (!peers_[i]->self && device_->may_send_datagram()) say_bye(*peers_[i]);
+    if (!peers_[i]->self && device_->may_send_datagram()) say_bye(*peers_[i], true);
     fail_peer(*peers_[i], gone);
   }
   wait([&] { return broken_.empty() && device_->datagrams_sent(); });
