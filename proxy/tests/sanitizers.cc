@@ -15,7 +15,8 @@ const char* __tsan_default_suppressions() {
          "mutex:ld-linux\n"       // the same where the loader has no symbols
          "deadlock:libfabric.so\n"
          // An exception's reference count is libstdc++'s, which is not built for it either.
-         "race:std::__exception_ptr::exception_ptr::_M_release\n";
+         "race:std::__exception_ptr::exception_ptr::_M_release\n"
+         "race:std::runtime_error::~runtime_error\n";
 }
 }
 #pragma GCC visibility pop
