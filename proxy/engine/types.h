@@ -67,7 +67,8 @@ struct EngineConfig {
   int cpu = kOwnCore;                  // core to pin the worker to
   std::string near;  // with kOwnCore: the GPU (PCI bus id) or NIC to be near to; empty: the first NIC
   Duration timeout = std::chrono::seconds(30);  // default of every wait below
-  // Engines with different tokens refuse each other. That keeps jobs apart; it is no secret to whoever listens.
+  // Engines with different tokens refuse each other. That keeps jobs apart; it is no secret to whoever
+  // listens.
   std::string job;
   // How writes of NICs into GPU memory are made visible; null: the system's CUDA driver.
   std::shared_ptr<const CudaDriver> cuda;

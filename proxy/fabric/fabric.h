@@ -74,8 +74,8 @@ struct FabricOp {
 // Where poll() reports. None of these may call the fabric, but for on_complete, which may post.
 class FabricEvents {
  public:
-  // An error of kind kPeer says that this NIC's path to that peer is broken, kClosed that the peer's engine was
-  // closed, any other that the operation was refused and would be again.
+  // An error of kind kPeer says that this NIC's path to that peer is broken, kClosed that the peer's engine
+  // was closed, any other that the operation was refused and would be again.
   virtual void on_complete(FabricOp& op, const Error* error) = 0;
   virtual void on_immediate(uint32_t imm) = 0;
   virtual void on_message(std::span<const std::byte> message) = 0;

@@ -10,11 +10,11 @@ namespace pplx {
 
 std::unique_ptr<Fabric> make_sim(const EngineConfig& config);
 
-// What AWS EFA (efa-direct) does not promise, and what it asks for: no order, short queues, writes of a MiB at
-// most, messages of one packet, writes only by those whom the target knows, and no way to tell what came of a
-// lost NIC. With several endpoints a peer, which EngineConfig says. That immediates have 4 bytes, that no bytes
-// are taken along when an operation is posted ("inject"), and that writes without bytes have a valid target
-// too, is so on every fabric here.
+// What AWS EFA (efa-direct) does not promise, and what it asks for: no order, short queues, writes of a MiB
+// at most, messages of one packet, writes only by those whom the target knows, and no way to tell what came
+// of a lost NIC. With several endpoints a peer, which EngineConfig says. That immediates have 4 bytes, that
+// no bytes are taken along when an operation is posted ("inject"), and that writes without bytes have a valid
+// target too, is so on every fabric here.
 SimConfig efa_limits(uint64_t seed);
 
 // For tests: the engine with this address falls silent, as a killed process does. Its writes vanish; writes

@@ -42,10 +42,10 @@ struct Handshake {
   std::string label;  // of the sender, for people
   // What follows is not read from another version's.
   uint8_t link = 0;
-  // Of the sender's queue pair: grows, and is never used again. In a goodbye: 0 as its engine closes, 1 as only
-  // this NIC leaves.
+  // Of the sender's queue pair: grows, and is never used again. In a goodbye: 0 as its engine closes, 1 as
+  // only this NIC leaves.
   uint32_t number = 0;
-  uint32_t ack = 0;     // of the receiver's queue pair that this one is paired with; 0: none yet
+  uint32_t ack = 0;  // of the receiver's queue pair that this one is paired with; 0: none yet
   uint32_t qp = 0, psn = 0;
   // Of the receiver's queue pair that the sender's last one was connected with, 0: there was none, and how
   // many immediates came on it. Final: that queue pair is gone.
