@@ -462,13 +462,14 @@ def run_kills(fault: str, stages: Sequence[str]) -> Iterator[Result]:
         dead = {VICTIM + number: signal.SIGKILL for number in range(len(some))}
         shm = fault == "kill shm"
         pool = (ProcessPool if shm else HostPool)(VICTIM + len(some), env=RECOVERABLE)
+        pids: list[int] = []
         try:
+            pids = pool.run("os:getpid")
             with tempfile.TemporaryDirectory() as folder:
                 survivors = pool.run(
                     killed_one_by_one, some, "shm" if shm else "tcp", folder, expect_death=dead, timeout=280
                 )[:VICTIM]
         finally:
-            pids = pool.pids
             pool.close(graceful=False)  # JAX would wait for the dead
             for left in (path for pid in pids for path in Path("/dev/shm").glob(f"{pid}:*")):
                 left.unlink(missing_ok=True)  # libfabric's: who is killed cannot
