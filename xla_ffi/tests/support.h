@@ -47,9 +47,10 @@ inline EngineConfig provider(const std::string& name, int endpoints = 1) {
 inline EngineConfig efa_like(uint64_t seed) {
   EngineConfig config = sim(seed);
   config.endpoints = 4;
-  const std::string network = config.sim.network;
+  const SimConfig plain = config.sim;
   config.sim = efa_limits(seed);
-  config.sim.network = network;
+  config.sim.network = plain.network;
+  config.sim.stall_every = plain.stall_every;  // every exchange would take long
   return config;
 }
 
