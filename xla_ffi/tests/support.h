@@ -50,7 +50,8 @@ inline EngineConfig efa_like(uint64_t seed) {
   const SimConfig plain = config.sim;
   config.sim = efa_limits(seed);
   config.sim.network = plain.network;
-  config.sim.stall_every = plain.stall_every;  // every exchange would take long
+  config.sim.stall_every = plain.stall_every;  // more often every exchange would take long
+  config.sim.stall_polls = plain.stall_polls;
   return config;
 }
 
