@@ -224,9 +224,9 @@ struct Home {
     if (!await_headers(args, team, exchange, tables,
                        usable && counted ? static_cast<int32_t*>(tables.counts.ranks_total) : nullptr))
       usable = false;
-    if (team.thread() != 0) return;
-    trace(7);
-    if (!usable) state.poisoned = 1;  // there is nothing to add up
+    if (team.thread() == 0) trace(7);
+    // There is nothing to add up; by each thread, as it goes on without waiting for others.
+    if (!usable) *const_cast<volatile uint32_t*>(&state.poisoned) = 1;
   }
 
   // Whether this lane's destination is this rank, in the same exchange: what it adds up never travels.

@@ -515,8 +515,7 @@ struct Dispatch {
       return rows_of(sound ? row : -1);
     });
     if (!sound) {
-      if (lane_id() == 0)
-        exchange.fail(Fault::kMalformed, source, static_cast<int64_t>(Malformed::kEntry), slot);
+      if (lane_id() == 0) exchange.refuse(source, Malformed::kEntry, slot);
       return false;
     }
     if (args.scales != 0) copy_scales<true>(shape.quant, from + args.scales_at, part, places);

@@ -230,7 +230,7 @@ class Exchange {
     if (value < announcement(number_, 0)) value = await_count_slowly(args_, state_, word, source);
     if (value == 0) return false;
     const auto count = static_cast<uint32_t>(value) & (kCountLimit - 1);
-    if (count > most) refuse_count(args_, state_, source, what, count);
+    if (count > most) refuse(source, what, count);
     value = count;
     return count <= most;
   }
@@ -288,6 +288,11 @@ class Exchange {
     return true;
   }
 
+  // What a source sends makes no sense: a mismatch, if its header says so.
+  __device__ __forceinline__ void refuse(int32_t source, Malformed what, int64_t detail) {
+    if (direct(source)) return refuse_message(args_, state_, source, what, detail);
+    fail(Fault::kMalformed, source, static_cast<int64_t>(what), detail);
+  }
   // Final; the first one wins.
   __device__ __forceinline__ void fail(Fault fault, int32_t culprit, int64_t detail0 = 0,
                                        int64_t detail1 = 0) {
@@ -326,12 +331,13 @@ class Exchange {
         if (state_.last == kSound && state_.stop == 0 && state_.poisoned == 0 && args_.round == 0) {
           end<kSend, kRecv>(finished, false);
           state_.last = 0;
+        } else {
+          __threadfence();
         }
       }
     }
     __syncthreads();
     if (state_.last == 0) return;
-    __threadfence();
     // Of a step of several rounds: what one round has found holds for those after it.
     const bool spoiled = state_.last != kSound || state_.stop != 0 || state_.poisoned != 0 ||
                          (args_.round != 0 && load_volatile(&control.step_spoiled[lane_before()]) != 0);

@@ -90,20 +90,6 @@ static __device__ bool go_on(const Args& args, BlockState& state, uint64_t& bega
   return false;
 }
 
-// Waits until the word has the exchange's epoch. False: stopped.
-static __device__ __noinline__ bool await_slowly(const Args& args, BlockState& state, const uint64_t* word,
-                                                 int32_t source) {
-  const uint64_t epoch = state.number + 1;
-  uint64_t began = 0;
-  for (uint32_t looks = 1;; ++looks) {
-    if (load_acquire(word) >= epoch) return true;
-    if (looks % 128 == 0 && load_volatile(&args.control->failed) != 0) break;
-    if (looks % 2048 == 0 && !go_on(args, state, began, source)) break;
-  }
-  *const_cast<volatile uint32_t*>(&state.stop) = 1;
-  return false;
-}
-
 // What is wrong with a source's header: a rank's that is at the same exchange says the same of it.
 static __device__ __forceinline__ Fault judge(const Args& args, uint64_t number, const RegionHeader& header,
                                               int32_t source) {
@@ -143,6 +129,28 @@ static __device__ bool differs(const Args& args, BlockState& state, int32_t sour
   return fault != Fault::kNone;
 }
 
+// Whether any rank is at another exchange: whoever is late may be waiting for one that is.
+static __device__ bool any_differs(const Args& args, BlockState& state) {
+  for (int32_t rank = 0; rank < args.shape.num_ranks; ++rank) {
+    if (differs(args, state, rank)) return true;
+  }
+  return false;
+}
+
+// Waits until the word has the exchange's epoch. False: stopped.
+static __device__ __noinline__ bool await_slowly(const Args& args, BlockState& state, const uint64_t* word,
+                                                 int32_t source) {
+  const uint64_t epoch = state.number + 1;
+  uint64_t began = 0;
+  for (uint32_t looks = 1;; ++looks) {
+    if (load_acquire(word) >= epoch) return true;
+    if (looks % 128 == 0 && load_volatile(&args.control->failed) != 0) break;
+    if (looks % 2048 == 0 && !go_on(args, state, began, source)) break;
+  }
+  *const_cast<volatile uint32_t*>(&state.stop) = 1;
+  return false;
+}
+
 // Waits for a word that a source announces something by. 0: stopped.
 static __device__ __noinline__ uint64_t await_count_slowly(const Args& args, BlockState& state,
                                                            const uint64_t* word, int32_t source) {
@@ -152,18 +160,16 @@ static __device__ __noinline__ uint64_t await_count_slowly(const Args& args, Blo
     if (value >= announcement(state.number, 0)) return value;
     if (looks % 128 == 0 && load_volatile(&args.control->failed) != 0) break;
     if (looks % 2048 != 0) continue;
-    // Whoever is late may be waiting for a rank that is elsewhere.
-    bool apart = false;
-    for (int32_t rank = 0; rank < args.shape.num_ranks && !apart; ++rank) apart = differs(args, state, rank);
-    if (apart || !go_on(args, state, began, source)) break;
+    if (any_differs(args, state) || !go_on(args, state, began, source)) break;
   }
   *const_cast<volatile uint32_t*>(&state.stop) = 1;
   return 0;
 }
 
-// A source announces more than there can be: most likely it is at another exchange.
-static __device__ __noinline__ void refuse_count(const Args& args, BlockState& state, int32_t source,
-                                                 Malformed what, uint32_t count) {
+// What a source sends makes no sense: most likely it is at another exchange, which its header tells once it
+// is here.
+static __device__ __noinline__ void refuse_message(const Args& args, BlockState& state, int32_t source,
+                                                   Malformed what, int64_t detail) {
   uint64_t began = 0;
   const auto lane = static_cast<int32_t>(state.number % args.layout.lanes);
   const auto* ready =
@@ -172,7 +178,7 @@ static __device__ __noinline__ void refuse_count(const Args& args, BlockState& s
     if (!go_on(args, state, began, source)) return;
   }
   if (!differs(args, state, source)) {
-    fail(args, state, Fault::kMalformed, source, static_cast<int64_t>(what), count);
+    fail(args, state, Fault::kMalformed, source, static_cast<int64_t>(what), detail);
   }
 }
 

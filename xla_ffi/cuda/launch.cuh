@@ -85,8 +85,9 @@ cudaError_t launch_rounds(const KernelCall& call, float* ticket_out, const float
   if (const char* given = getenv("PPLX_GATHER_PARTS"); given != nullptr) gather_parts = atoi(given);
   if (const char* given = getenv("PPLX_SENDER_SHARE"); given != nullptr) sender_share = atof(given);
 #endif
-  const int32_t senders =
-      sides ? std::clamp(static_cast<int32_t>(call.num_sms * sender_share + 0.5), 1, call.num_sms) : 0;
+  const int32_t senders = sides ? std::clamp(static_cast<int32_t>(call.num_sms * sender_share + 0.5), 1,
+                                             call.num_sms - (wanted.senders_begin ? 1 : 0))
+                                : 0;
   const MoeShape& shape = call.shape;
   const bool half = ticket_out != nullptr || ticket_in != nullptr;
   const int32_t gathered = sides ? std::max(parts, gather_parts) : parts;

@@ -30,8 +30,11 @@ double flag_latency_us(int device, int peer) {
   }
   {
     const OnDevice current(device);
-    check(ask_flags(asking.get(), first, second, kTurns, reinterpret_cast<uint64_t*>(times.device_data())),
-          name);
+    const cudaError_t asked_them =
+        ask_flags(asking.get(), first, second, kTurns, reinterpret_cast<uint64_t*>(times.device_data()));
+    // The other kernel still looks at its flag.
+    if (asked_them != cudaSuccess) answering.wait(name);
+    check(asked_them, name);
   }
   asking.wait(name);
   answering.wait(name);

@@ -30,6 +30,14 @@ inline std::vector<Case> gpu_cases() {
       problem.home_dtype = DType::kFloat32;
       all.push_back({name + "_fp8_ue8m0_wide_home" + suffix, problem, steps});
     }
+    // Rows that some blocks send whole and others gather in parts.
+    for (const int hidden : {2048, 2056}) {
+      Problem problem{.ranks = 3, .hidden = hidden, .max_tokens = 80, .dtype = dtype};
+      const std::string name = "gpu_gathered_hidden" + std::to_string(hidden);
+      all.push_back({name + suffix, problem, 3});
+      problem.home_dtype = DType::kFloat32;
+      all.push_back({name + "_wide_home" + suffix, problem, 3});
+    }
     // More tokens than a block has threads, more experts than a warp.
     all.push_back({"gpu_thousands" + suffix,
                    {.ranks = 2, .experts = 64, .top_k = 8, .hidden = 16, .max_tokens = 1500, .dtype = dtype},
