@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent
-for _folder in (str(TESTS), str(TESTS.parent)):
-    if _folder not in sys.path:  # run as a script
-        sys.path.insert(0, _folder)
+if __name__ == "__main__":  # where the package may not be installed; tests have one that is
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from pplx_jax.testing import ProcessPool  # noqa: E402 - starts no JAX
 
