@@ -269,7 +269,7 @@ cpp() {
   export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
   if [[ -f proxy/tests/tsan.supp ]]; then TSAN_OPTIONS+=:suppressions=$ROOT/proxy/tests/tsan.supp; fi
   if [[ -f proxy/tests/lsan.supp ]]; then export LSAN_OPTIONS=suppressions=$ROOT/proxy/tests/lsan.supp; fi
-  "${run[@]}" ctest --preset "$1" --no-tests=error
+  "${run[@]}" ctest --preset "$1" --no-tests=error -j "$JOBS"
 }
 
 # Kernels for other GPUs than the build's: they compile.
@@ -283,6 +283,9 @@ other_gpus() {
 FUZZ_SECONDS=${FUZZ_SECONDS:-15}
 fuzz() {
   command -v clang++ >/dev/null || skip "clang is not installed"
+  local classic=()
+  if setarch "$(uname -m)" -R true 2>/dev/null; then classic=(setarch "$(uname -m)" -R); fi
+  export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
   cmake --preset fuzz >build/fuzz.log 2>&1 || { cat build/fuzz.log; return 1; }
   cmake --build --preset fuzz -j "$JOBS"
   local target name
@@ -291,10 +294,16 @@ fuzz() {
     name=${target##*/fuzz_}
     mkdir -p "build/fuzz/corpus/$name" "build/fuzz/crashes"
     printf '%s\0' "$name"
-  done | xargs -0 -P "$JOBS" -I NAME sh -c \
+  done | "${classic[@]}" xargs -0 -P "$JOBS" -I NAME sh -c \
     'build/fuzz/tests/fuzz/fuzz_NAME -max_total_time='"$FUZZ_SECONDS"' -timeout=25 -max_len=1024 -verbosity=0 \
        -print_final_stats=1 -artifact_prefix=build/fuzz/crashes/NAME- build/fuzz/corpus/NAME tests/fuzz/corpus/NAME \
-       >build/fuzz/NAME.log 2>&1 || { tail -n 60 build/fuzz/NAME.log; echo "fuzz_NAME: FAILED"; exit 255; }
+       >build/fuzz/NAME.log 2>&1 || {
+         tail -n 60 build/fuzz/NAME.log
+         for found in build/fuzz/crashes/NAME-*; do echo "$found:"; base64 "$found"; done
+         grep -E -m 5 "ERROR|what\(\)|SUMMARY|does not hold" build/fuzz/NAME.log
+         echo "fuzz_NAME: FAILED"
+         exit 255
+       }
      echo "fuzz_NAME: $(grep -o "number_of_executed_units.*" build/fuzz/NAME.log)"'
 }
 

@@ -363,7 +363,8 @@ def test_a_deadline_ends_all(isolated):
 
 
 PARENT = """
-    import sys, test_hosts
+    import signal, sys, test_hosts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells' background jobs ignore it
     from pplx_jax.testing import HostPool
 
     pool = HostPool(2, isolate=True, distributed=False)

@@ -154,7 +154,7 @@ def late(seconds, steps):
 
 @pytest.mark.multiprocess
 def test_the_slowest_rank_is_named(processes):
-    seconds, steps = 0.15, 6
+    seconds, steps = 0.5, 6
     results = processes.run(late, 3, seconds, steps)
     _, _, culprit = results[2]
     for rank, (stats, waited, _) in enumerate(results):

@@ -1,62 +1,8 @@
 // What comes from those who are no engines of this job, or not sound ones.
-#include <thread>
-
-#include "proxy/bytes.h"
-#include "proxy/engine/core.h"
-#include "proxy/fabric/address.h"
-#include "proxy/fabric/fabric.h"
-#include "proxy/tests/support.h"
+#include "proxy/tests/stranger.h"
 
 namespace pplx::testing {
 namespace {
-
-constexpr uint32_t kMagic = 0x4d584c50;
-
-// Sends an engine of fabric "local" whatever it likes.
-class Stranger final : FabricEvents {
- public:
-  explicit Stranger(const TransferEngine& victim)
-      : fabric_(make_fabric({})), victim_(fabric_->connect(decode_address(victim.address().bytes()))) {}
-
-  PeerAddress address() const { return fabric_->address(); }
-  void send(const PeerAddress& from, uint8_t type, const Bytes& body, uint64_t number = 0) {
-    ByteWriter out;
-    out.put(kMagic);
-    out.put(type);
-    out.put(number);
-    out.blob(encode(from));
-    out.raw(body);
-    const Bytes message = out.take();
-    FabricOp op{};
-    op.kind = FabricOp::Kind::kMessage;
-    op.source = message.data();
-    op.length = message.size();
-    op.peer = victim_;
-    under_way_ = true;
-    while (fabric_->try_send(op) == Post::kFull) fabric_->poll(*this);
-    for (const auto until = Clock::now() + 10s; under_way_ && Clock::now() < until;) {
-      if (fabric_->poll(*this) == 0) std::this_thread::yield();
-    }
-    EXPECT_FALSE(under_way_);
-  }
-
- private:
-  void on_complete(FabricOp&, const Error*) override { under_way_ = false; }
-  void on_immediate(uint32_t) override {}
-  void on_message(std::span<const std::byte>) override {}
-  void on_error(const Error&) override {}
-  void on_down(const Error&) override {}
-
-  std::unique_ptr<Fabric> fabric_;
-  uint32_t victim_;
-  bool under_way_ = false;
-};
-
-// Same bytes, another engine.
-PeerAddress nth(PeerAddress address, uint32_t n) {
-  std::memcpy(address.engine.data(), &n, sizeof n);
-  return address;
-}
 
 TEST(Strangers, CannotFillMemoryWithBarriers) {
   TransferEngine engine(local());
@@ -111,7 +57,7 @@ TEST(Strangers, WhoCannotBeAnsweredGetsNoBuffer) {
   ASSERT_TRUE(engine.wait_until([&] { return engine.stats().errors == 5; }, Clock::now() + 10s));
   EXPECT_EQ(pool->free_buffers(), 1u);
   EXPECT_EQ(pool->waiting(), 0u);
-  CompletionCounter done;
+  auto& done = lasting_counter();
   std::shared_ptr<Region> source = friendly.allocate(64);
   friendly.send(*remote, source, 0, 64, &done);
   pool->release(pool->recv().buffer);

@@ -68,7 +68,7 @@ void step(fuzz::Input& input) {
                       .extra = static_cast<uint8_t>(input.byte() % 4)};
   Rogue rogue(kProblem, [](GroupConfig& config) {
     // A wait that nobody ends would be a bug: libFuzzer's own limit is longer.
-    config.stall_timeout = config.first_stall_timeout = 5s;
+    config.stall_timeout = config.first_stall_timeout = 20s;
   });
   Inputs in = random_inputs(kProblem, kTokens, kTokens, Routing::kNobody, 1);
   in.indices[0] = 0;

@@ -75,7 +75,7 @@ class Pair {
     const auto mark = std::byte{++marks_};
     send(from_here(kUser, std::span(&mark, 1)));
     for (;;) {
-      const Message message = engine_.recv(5s);
+      const Message message = engine_.recv(20s);
       if (message.payload.size() == 1 && message.payload[0] == mark && message.from.bytes() == sender_)
         return;
     }

@@ -223,12 +223,12 @@ TEST(AbsentRanks, AreNotMissedByTheMonitor) {
   for (const int rank : {0, 2}) {
     GroupConfig config = group_config(problem, rank, local());
     config.absent = {1};
-    config.timeout = 150ms;
+    config.timeout = 500ms;
     members[rank] = std::make_unique<Member>(problem.shape(rank), config);
     endpoints[rank] = members[rank]->group.endpoint();
   }
   for (const int rank : {0, 2}) members[rank]->group.connect(endpoints);
-  std::this_thread::sleep_for(600ms);
+  std::this_thread::sleep_for(1500ms);
   for (const int rank : {0, 2}) EXPECT_FALSE(members[rank]->group.failure());
 }
 

@@ -167,7 +167,7 @@ TEST(Death, AStopOfThisProcessBlamesNobody) {
   const pid_t child = fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
-    Rogue peer(small(), [](GroupConfig& config) { config.timeout = 1s; });
+    Rogue peer(small(), [](GroupConfig& config) { config.timeout = 2s; });
     for (int i = 0; i < 2; ++i) {
       peer.stray(immediate(peer.nonce(), 1, kHeartbeatLane));
       std::this_thread::sleep_for(300ms);  // the monitor has seen that
@@ -178,7 +178,7 @@ TEST(Death, AStopOfThisProcessBlamesNobody) {
   }
   int status = 0;
   while (waitpid(child, &status, WUNTRACED) == child && WIFSTOPPED(status)) {
-    std::this_thread::sleep_for(1500ms);
+    std::this_thread::sleep_for(3s);
     kill(child, SIGCONT);
   }
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;

@@ -44,13 +44,12 @@ TEST(Stats, TheStragglerIsWhoIsSlowOfLate) {
       EXPECT_FALSE(run_step(problem, cluster[rank], inputs[rank], outputs[rank], {.run = run}));
     });
   };
-  step(1, 1500ms);
-  for (int number = 0; number < 80; ++number) step(2, 4ms);
+  step(1, 6s);
+  for (int number = 0; number < 80; ++number) step(2, 10ms);
   const std::vector<PeerStats> peers = cluster[0].group.stats().peers;
   EXPECT_GT(peers[1].waited, peers[2].waited);
   EXPECT_GT(peers[2].recent_wait, peers[1].recent_wait);
   EXPECT_GT(peers[2].recent_wait, 500us);  // one in four exchanges of a step
-  EXPECT_LT(peers[2].recent_wait, 100ms);
 }
 
 }  // namespace
