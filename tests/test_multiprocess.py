@@ -157,14 +157,15 @@ def one_never_comes():
     step = jax.jit(sharded(ep))
     args = [on_mesh(ep, a) for a in case.args]
     if jax.process_index() == 2:
-        time.sleep(8)  # alive, but elsewhere
-        result = error_of(ep.check)
+        until = time.monotonic() + 60
+        while (result := error_of(ep.check))[0] == "nothing" and time.monotonic() < until:
+            time.sleep(0.1)  # alive, but elsewhere
     else:
         step(*args).block_until_ready()
         result = error_of(ep.check)
         again = time.monotonic()
         error_of(lambda: step(*args).block_until_ready())
-        assert time.monotonic() - again < 1
+        assert time.monotonic() - again < 5
     ep.close()
     return result
 
