@@ -51,6 +51,7 @@ enum MessageType : uint8_t {
   kPoolRefused = 9,
   kAsk = 10,
   kVerdict = 11,
+  kPoolReturned = 12,
 };
 
 // A lock that costs one atomic exchange each way: it is taken and released at every write and every poll.
@@ -139,6 +140,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   ImmCounter imm_counter(uint32_t imm);
   ImmCounter watch(uint32_t imm);
   void unwatch(uint32_t imm);
+  void release_immediate(uint32_t imm);
   void when(const ImmCounter& counter, uint64_t n, CompletionSink* sink, uint64_t id);
   void when_message(CompletionSink* sink, uint64_t id);
 
@@ -242,6 +244,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void tell_message_waiters(const Error* error);
   template <typename Wanted>
   size_t wake(ImmState& state, const Error* error, Wanted&& wanted);
+  bool forget(uint32_t imm);
   size_t cancel_waiters(uint64_t id, const Error& error);
   void close_waiters(const Error& error);
 

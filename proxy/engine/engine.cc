@@ -106,6 +106,7 @@ Message TransferEngine::recv(std::optional<Duration> timeout) { return core_->re
 ImmCounter TransferEngine::imm_counter(uint32_t imm) { return core_->imm_counter(imm); }
 ImmCounter TransferEngine::watch(uint32_t imm) { return core_->watch(imm); }
 void TransferEngine::unwatch(uint32_t imm) { core_->unwatch(imm); }
+void TransferEngine::release_immediate(uint32_t imm) { core_->release_immediate(imm); }
 
 std::shared_ptr<PeerGroup> TransferEngine::peer_group(const std::vector<Address>& members, uint32_t id) {
   return core_->peer_group(members, id);

@@ -98,7 +98,10 @@ class TransferEngine {
   Message recv(std::optional<Duration> timeout = std::nullopt);
 
   ImmCounter imm_counter(uint32_t imm);  // a user value (top bit clear)
-  ImmCounter watch(uint32_t imm);        // a reserved value; counts from 0
+  // Frees the place of a user value that is done: waits for it end with kClosed, handles keep their count,
+  // and what arrives later counts from 0 again (and takes a place again). Nothing happens if there is none.
+  void release_immediate(uint32_t imm);
+  ImmCounter watch(uint32_t imm);  // a reserved value; counts from 0
   void unwatch(uint32_t imm);
 
   std::shared_ptr<PeerGroup> peer_group(const std::vector<Address>& members, uint32_t id);

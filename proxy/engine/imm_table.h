@@ -25,7 +25,8 @@ struct ImmState {
   }
 
   std::atomic<uint64_t> count{0};
-  uint64_t wake_at = UINT64_MAX;  // the smallest n of `waiters`, which the progress lock guards as well
+  std::atomic<bool> released{false};  // handles to it are left, but it counts no more
+  uint64_t wake_at = UINT64_MAX;      // the smallest n of `waiters`, which the progress lock guards as well
   std::vector<Waiter> waiters;
   const uint32_t imm;
   const std::weak_ptr<EngineCore> core;
@@ -53,8 +54,19 @@ class ImmTable {
     place(imm, state.get());
     owned_.emplace(imm, std::move(state));
   }
+  // Values come and go by the thousand, so nothing is built anew: whoever was placed further along its chain
+  // than the gap moves up into it, and leaves the next gap.
   void erase(uint32_t imm) {
-    if (owned_.erase(imm) != 0) rebuild(slots_.size());
+    if (owned_.erase(imm) == 0) return;
+    const size_t mask = slots_.size() - 1;
+    size_t gap = hash(imm);
+    while (slots_[gap].imm != imm || slots_[gap].state == nullptr) gap = (gap + 1) & mask;
+    for (size_t i = (gap + 1) & mask; slots_[i].state != nullptr; i = (i + 1) & mask) {
+      if (((i - hash(slots_[i].imm)) & mask) < ((i - gap) & mask)) continue;  // it belongs behind the gap
+      slots_[gap] = slots_[i];
+      gap = i;
+    }
+    slots_[gap] = {};
   }
 
  private:

@@ -26,11 +26,13 @@ void ImmCounter::wait(uint64_t n, std::optional<Duration> timeout) const {
   if (value() >= n) return;
   auto core = state_ != nullptr ? state_->core.lock() : nullptr;
   if (core == nullptr) throw Error(ErrorKind::kClosed, "the TransferEngine is closed");
-  core->wait([&] { return value() >= n || core->closed(); }, core->deadline(timeout));
+  const auto over = [&] { return core->closed() || state_->released.load(std::memory_order_acquire); };
+  core->wait([&] { return value() >= n || over(); }, core->deadline(timeout));
   if (value() >= n) return;
   std::string what = "waiting for " + std::to_string(n) + " immediates " + hex(state_->imm) + ", " +
                      std::to_string(value()) + " arrived";
   if (core->closed()) throw Error(ErrorKind::kClosed, what + " before the TransferEngine was closed");
+  if (over()) throw Error(ErrorKind::kClosed, what + " before the value was released");
   throw Error(ErrorKind::kTimeout, what + " before the deadline");
 }
 
@@ -95,6 +97,9 @@ void EngineCore::when(const ImmCounter& counter, uint64_t n, CompletionSink* sin
     sink->complete(nullptr);
     return;
   }
+  if (state->released) {
+    throw Error(ErrorKind::kClosed, "immediate " + hex(state->imm) + " was released; ask for a new counter");
+  }
   if (state->waiters.empty()) waited_for_.push_back(state);
   state->waiters.push_back({n, sink, id});
   state->wake_at = std::min(state->wake_at, n);
@@ -131,7 +136,9 @@ ImmCounter EngineCore::imm_counter(uint32_t imm) {
   counter.state_ = immediates_.shared(imm);
   if (counter.state_ == nullptr) {
     if (user_values_ >= kMaxUserValues) {
-      throw Error(ErrorKind::kInvalidArgument, "more than 65536 different immediate values are in use");
+      throw Error(ErrorKind::kInvalidArgument, "no counter for immediate " + hex(imm) +
+                                                   ": 65536 values are in use already; release_immediate() "
+                                                   "those that are done");
     }
     counter.state_ = std::make_shared<ImmState>(imm, weak_from_this());
     immediates_.insert(counter.state_);
@@ -161,11 +168,28 @@ void EngineCore::unwatch(uint32_t imm) {
     throw Error(ErrorKind::kInvalidArgument, "immediate " + hex(imm) + " is not reserved");
   }
   Locked locked(*this);
-  if (auto state = immediates_.shared(imm); state != nullptr && !state->waiters.empty()) {
-    const Error error(ErrorKind::kClosed, "immediate " + hex(imm) + " is watched no more");
+  forget(imm);
+}
+
+void EngineCore::release_immediate(uint32_t imm) {
+  require_own_process();
+  if ((imm & kReservedImmediate) != 0) {
+    throw Error(ErrorKind::kInvalidArgument, "immediate " + hex(imm) + " is reserved: its top bit is set");
+  }
+  Locked locked(*this);
+  if (forget(imm)) --user_values_;
+}
+
+bool EngineCore::forget(uint32_t imm) {
+  const auto state = immediates_.shared(imm);
+  if (state == nullptr) return false;
+  state->released.store(true, std::memory_order_release);
+  if (!state->waiters.empty()) {
+    const Error error(ErrorKind::kClosed, "immediate " + hex(imm) + " was released");
     wake(*state, &error, [](const auto&) { return true; });
   }
   immediates_.erase(imm);
+  return true;
 }
 
 }  // namespace pplx

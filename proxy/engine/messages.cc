@@ -181,7 +181,7 @@ void EngineCore::on_message(std::span<const std::byte> bytes) {
       in.finish();
       if (greetings_.size() >= kMaxUnread) in.malformed("4096 greetings are not yet answered");
       greetings_.emplace_back(std::move(from), type);
-    } else if (type >= kPoolAnnounce && type <= kPoolRefused) {
+    } else if ((type >= kPoolAnnounce && type <= kPoolRefused) || type == kPoolReturned) {
       pools_->arrived(static_cast<MessageType>(type), from, in.rest());
     } else if (type == kAsk || type == kVerdict) {
       doubts_->arrived(static_cast<MessageType>(type), from, in.rest());

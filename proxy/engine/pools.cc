@@ -62,10 +62,8 @@ void Pools::send(const RemotePoolImpl& pool, std::shared_ptr<const Region> sourc
 }
 
 void Pools::granted(uint64_t number, uint64_t buffer) {
-  auto found = requests_.find(number);
-  if (found == requests_.end()) return;  // timed out here; the receiver withdraws the buffer
-  Request& request = found->second;
-  if (request.writing || buffer >= request.buffers) {
+  Request& request = requests_.at(number);
+  if (buffer >= request.buffers) {
     throw Error(ErrorKind::kPeer, "a receive pool granted a buffer that makes no sense");
   }
   request.writing = true;
@@ -133,10 +131,20 @@ void Pools::take(const Arrival& arrival) {
     type == kPoolAnnounce ? pool->announced(from, request, argument) : pool->filled(from, request);
     return;
   }
+  if (type == kPoolReturned) {
+    for (const auto& pool : living()) pool->returned(from, request);
+    return;
+  }
   auto found = requests_.find(request);
-  if (found == requests_.end()) return;
+  if (found == requests_.end()) {
+    if (type == kPoolGrant) tell(from, kPoolReturned, {request});
+    return;
+  }
   if (core_.peers_[found->second.peer].address != from) {
     throw Error(ErrorKind::kPeer, "an answer about a receive pool came from somebody else");
+  }
+  if (found->second.writing) {
+    throw Error(ErrorKind::kPeer, "a receive pool answered twice, and the first answer is being acted on");
   }
   if (type == kPoolGrant) {
     granted(request, argument);
@@ -149,6 +157,15 @@ void Pools::take(const Arrival& arrival) {
   }
 }
 
+// Their handles, so that none goes, and takes itself off the list, while somebody walks through it.
+std::vector<std::shared_ptr<PoolImpl>> Pools::living() const {
+  std::vector<std::shared_ptr<PoolImpl>> found;
+  for (const auto& [number, weak] : pools_) {
+    if (auto pool = weak.lock()) found.push_back(std::move(pool));
+  }
+  return found;
+}
+
 void Pools::maintain() {
   const auto now = Clock::now();
   std::vector<uint64_t> late;
@@ -158,14 +175,13 @@ void Pools::maintain() {
   }
   for (uint64_t number : late) {
     const Peer& peer = core_.peers_[requests_.at(number).peer];
+    if (!peer.failed) tell(peer.address, kPoolReturned, {number});
     const Error error = peer.failed ? *peer.failed
                                     : Error(ErrorKind::kTimeout,
                                             "the receive pool of " + peer.label + " had no buffer in time");
     finish(number, &error);
   }
-  for (const auto& [number, weak] : pools_) {
-    if (auto pool = weak.lock()) pool->withdraw_late();
-  }
+  for (const auto& pool : living()) pool->give_up_late();
 }
 
 void Pools::close(const Error& error) {
@@ -224,7 +240,12 @@ void PoolImpl::announced(const Bytes& from, uint64_t request, uint64_t length) {
   std::string why;
   {
     std::lock_guard lock(mutex_);
-    if (length > config_.buffer_bytes) {
+    if (knows(from, request)) {
+      throw Error(ErrorKind::kPeer, "a message for a receive pool was announced twice");
+    }
+    if (broken_) {
+      why = all_lost();
+    } else if (length > config_.buffer_bytes) {
       why =
           std::to_string(length) + " bytes are more than a buffer's " + std::to_string(config_.buffer_bytes);
     } else if (waiting_.size() >= config_.max_waiting) {
@@ -252,16 +273,15 @@ void PoolImpl::grant_waiting() {
       buffer = free_.back();
       free_.pop_back();
       states_[buffer] = State::kGranted;
-      granted_[next.from][next.request] = {buffer, next.length, core_->deadline(std::nullopt)};
+      granted_[next.from][next.request] = {buffer, next.length, core_->deadline(std::nullopt), false};
     }
     try {
+      if (const auto& failed = core_->peers_[core_->connect(next.from)].failed) throw *failed;
       core_->pools_->tell(next.from, kPoolGrant, {next.request, buffer});
     } catch (const Error& error) {
       core_->on_error(error);
       std::lock_guard lock(mutex_);
-      auto sender = granted_.find(next.from);
-      sender->second.erase(next.request);
-      if (sender->second.empty()) granted_.erase(sender);
+      take_granted(next.from, next.request);
       states_[buffer] = State::kFree;
       free_.push_back(buffer);
     }
@@ -271,42 +291,107 @@ void PoolImpl::grant_waiting() {
 void PoolImpl::filled(const Bytes& from, uint64_t request) {
   {
     std::lock_guard lock(mutex_);
-    auto sender = granted_.find(from);
-    if (sender == granted_.end()) return;  // withdrawn
-    auto found = sender->second.find(request);
-    if (found == sender->second.end()) return;
-    const Granted granted = found->second;
-    sender->second.erase(found);
-    if (sender->second.empty()) granted_.erase(sender);
-    states_[granted.buffer] = State::kFull;
-    full_.push_back({from, granted.buffer, granted.length});
+    const auto granted = take_granted(from, request);
+    if (!granted) return;  // returned
+    states_[granted->buffer] = State::kFull;
+    full_.push_back({from, granted->buffer, granted->length});
     ready_.store(full_.size(), std::memory_order_release);
   }
   core_->pools_->tell(from, kPoolTaken, {request});
 }
 
-void PoolImpl::withdraw_late() {
-  const auto now = Clock::now();
-  std::lock_guard lock(mutex_);
-  for (auto& [from, requests] : granted_) {
-    std::erase_if(requests, [&](const auto& entry) {
-      const Granted& granted = entry.second;
-      // Twice the time after which the sender gives up, so that it is this side's clock that decides last.
-      if (granted.until > now - core_->config().timeout) return false;
-      states_[granted.buffer] = State::kLost;
-      ++lost_;
-      log(LogLevel::kWarn, "a receive pool lost buffer ", granted.buffer,
-          ": its sender did not fill it in time");
-      return true;
-    });
+void PoolImpl::returned(const Bytes& from, uint64_t request) {
+  {
+    std::lock_guard lock(mutex_);
+    std::erase_if(waiting_, [&](const auto& one) { return one.request == request && one.from == from; });
+    const auto granted = take_granted(from, request);
+    if (!granted) return;
+    states_[granted->buffer] = State::kFree;
+    free_.push_back(granted->buffer);
   }
-  std::erase_if(granted_, [](const auto& entry) { return entry.second.empty(); });
+  grant_waiting();
+}
+
+bool PoolImpl::knows(const Bytes& from, uint64_t request) const {
+  const auto sender = granted_.find(from);
+  return (sender != granted_.end() && sender->second.contains(request)) ||
+         std::any_of(waiting_.begin(), waiting_.end(),
+                     [&](const auto& one) { return one.request == request && one.from == from; });
+}
+
+std::optional<PoolImpl::Granted> PoolImpl::take_granted(const Bytes& from, uint64_t request) {
+  const auto sender = granted_.find(from);
+  if (sender == granted_.end()) return std::nullopt;
+  const auto found = sender->second.find(request);
+  if (found == sender->second.end()) return std::nullopt;
+  const Granted granted = found->second;
+  sender->second.erase(found);
+  if (sender->second.empty()) granted_.erase(sender);
+  if (granted.lost) set_lost(lost_ - 1);  // it lives after all
+  return granted;
+}
+
+void PoolImpl::set_lost(size_t lost) {
+  lost_ = lost;
+  broken_.store(lost_ == states_.size(), std::memory_order_release);
+}
+
+std::string PoolImpl::all_lost() const {
+  return "all of its " + std::to_string(states_.size()) +
+         " buffers were given to senders that died or failed before they had filled them";
+}
+
+void PoolImpl::give_up_late() {
+  const auto now = Clock::now();
+  std::deque<Announced> refused;
+  std::string why = "an earlier message of this sender was not filled in time";
+  {
+    std::lock_guard lock(mutex_);
+    const size_t before = lost_;
+    for (auto& [from, requests] : granted_) {
+      for (auto& [number, granted] : requests) {
+        // Twice the time after which the sender gives up, so that it is this side's clock that decides last.
+        if (granted.lost || granted.until > now - core_->config().timeout) continue;
+        granted.lost = true;
+        states_[granted.buffer] = State::kLost;
+        set_lost(lost_ + 1);
+        log(LogLevel::kWarn, "a receive pool lost buffer ", granted.buffer, " of ", states_.size(),
+            ": its sender, ", decode_address(from).label(), ", did not fill it in time");
+      }
+    }
+    if (broken_) {
+      refused.swap(waiting_);
+      why = all_lost();
+    } else if (lost_ != before) {
+      // What else the dead wait for would be lost one after another.
+      const auto lost_one = [&](const Announced& one) {
+        const auto sender = granted_.find(one.from);
+        return sender != granted_.end() && std::any_of(sender->second.begin(), sender->second.end(),
+                                                       [](const auto& entry) { return entry.second.lost; });
+      };
+      std::deque<Announced> kept;
+      for (auto& one : waiting_) (lost_one(one) ? refused : kept).push_back(std::move(one));
+      waiting_.swap(kept);
+    }
+  }
+  for (const auto& announced : refused) {
+    try {
+      core_->pools_->tell(announced.from, kPoolRefused, {announced.request}, why);
+    } catch (const Error& error) {
+      core_->on_error(error);
+    }
+  }
 }
 
 PoolMessage PoolImpl::recv(std::optional<Duration> timeout) {
   const auto until = core_->deadline(timeout);
   for (;;) {
-    core_->wait([&] { return ready_.load(std::memory_order_acquire) > 0 || core_->closed(); }, until);
+    core_->wait(
+        [&] {
+          return ready_.load(std::memory_order_acquire) > 0 || broken_.load(std::memory_order_acquire) ||
+                 core_->closed();
+        },
+        until);
     {
       std::lock_guard lock(mutex_);
       if (!full_.empty()) {
@@ -316,6 +401,9 @@ PoolMessage PoolImpl::recv(std::optional<Duration> timeout) {
         states_[full.buffer] = State::kReading;
         std::byte* data = config_.region->data() + full.buffer * config_.buffer_bytes;
         return {Address(std::move(full.from)), full.buffer, {data, full.length}};
+      }
+      if (broken_) {
+        throw Error(ErrorKind::kFabric, "receive pool: " + all_lost() + "; close it and make another");
       }
     }
     if (core_->closed()) throw Error(ErrorKind::kClosed, "the TransferEngine is closed");

@@ -8,7 +8,12 @@
 //   filled {pool, request}          ->
 //                                   <- taken {request}
 //
-// None of this depends on the order of delivery: each step is sent only when the one before has arrived.
+// A sender that gives up, or gets a buffer for what it has given up, and that has not begun to write, says
+//
+//   returned {request}              ->
+//
+// None of this depends on the order of delivery: each step is sent only when the one before has arrived, and
+// whoever returned a request answers whatever still comes for it by returning it again.
 #pragma once
 
 #include <atomic>
@@ -72,6 +77,7 @@ class Pools {
   };
   void answer();
   void take(const Arrival& arrival);
+  std::vector<std::shared_ptr<PoolImpl>> living() const;
   void written(uint64_t request, const Error* error);
   void finish(uint64_t request, const Error* error);
   void granted(uint64_t request, uint64_t buffer);
@@ -109,6 +115,7 @@ class PoolImpl final : public ReceivePool {
   struct Granted {
     size_t buffer, length;
     Deadline until;
+    bool lost;
   };
   struct Full {
     Bytes from;
@@ -118,8 +125,14 @@ class PoolImpl final : public ReceivePool {
   // Both with the progress lock and, within, this pool's.
   void announced(const Bytes& from, uint64_t request, uint64_t length);
   void filled(const Bytes& from, uint64_t request);
+  void returned(const Bytes& from, uint64_t request);
   void grant_waiting();
-  void withdraw_late();
+  void give_up_late();
+  // With this pool's lock.
+  bool knows(const Bytes& from, uint64_t request) const;
+  std::optional<Granted> take_granted(const Bytes& from, uint64_t request);
+  void set_lost(size_t lost);
+  std::string all_lost() const;
 
   const std::shared_ptr<EngineCore> core_;
   const uint64_t number_;
@@ -132,7 +145,8 @@ class PoolImpl final : public ReceivePool {
   std::map<Bytes, std::map<uint64_t, Granted>, BytesLess> granted_;  // by sender and request
   std::deque<Full> full_;
   size_t lost_ = 0;
-  std::atomic<size_t> ready_{0};  // full_.size()
+  std::atomic<size_t> ready_{0};     // full_.size()
+  std::atomic<bool> broken_{false};  // all buffers are lost
 };
 
 }  // namespace pplx

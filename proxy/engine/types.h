@@ -101,7 +101,8 @@ class RegionDescriptor {
 };
 
 // Where completions go. `complete` runs on whichever thread makes progress, under the engine's lock: it
-// must neither block nor call the engine. `error` is null on success.
+// must neither block nor call the engine. `error` is null on success. A sink outlives every operation that it
+// was given to, also where an exception keeps its owner from waiting for them: the last end with close().
 class CompletionSink {
  public:
   virtual void complete(const Error* error) noexcept = 0;
@@ -233,8 +234,9 @@ struct Message {
 
 struct EngineStats {
   uint64_t writes = 0, write_bytes = 0, sends = 0, receives = 0;
-  uint64_t immediates = 0;          // arrived and counted
-  uint64_t unknown_immediates = 0;  // arrived for a reserved value nobody watches; dropped
+  uint64_t immediates = 0;  // arrived and counted
+  // Arrived for a reserved value nobody watches, or for one user value too many; dropped.
+  uint64_t unknown_immediates = 0;
   uint64_t errors = 0, polls = 0, backpressure = 0;
   int worker_core = -1;  // that the worker is pinned to; -1: none
   uint64_t reads = 0, read_bytes = 0;
@@ -347,10 +349,12 @@ class ReceivePool {
   virtual size_t buffers() const noexcept = 0;
   virtual size_t free_buffers() const noexcept = 0;
   virtual size_t waiting() const noexcept = 0;  // announced messages without a buffer
-  // Buffers promised to senders that did not fill them within the engine's timeout. They may still do so at
-  // any time, so the buffers are used no more.
+  // Buffers promised to senders that have neither filled them nor given them back within twice the engine's
+  // timeout: dead ones, and ones whose write failed. They may still be written at any time, so they are used
+  // no more unless the sender is heard of again. When all are lost the pool refuses senders.
   virtual size_t lost() const noexcept = 0;
-  virtual PoolMessage recv(std::optional<Duration> timeout = std::nullopt) = 0;  // kTimeout, kClosed
+  // Throws kTimeout, kClosed; kFabric when all buffers are lost, so that nothing can come any more.
+  virtual PoolMessage recv(std::optional<Duration> timeout = std::nullopt) = 0;
   virtual void release(size_t buffer) = 0;
 };
 
@@ -379,8 +383,8 @@ class PeerGroup {
 
 // Immediate values with the top bit set belong to exchange groups: they count only while watched
 // (`watch`), so a late write of a closed group is dropped. All other values are the user's: they count from
-// the first arrival on, whether or not anybody asked yet (at most 65536 different values). 0xFFFFFFFF is the
-// engine's own and refused.
+// the first arrival on, whether or not anybody asked yet, until they are released; at most 65536 of them at a
+// time. 0xFFFFFFFF is the engine's own and refused.
 inline constexpr uint32_t kReservedImmediate = 0x8000'0000U;
 
 }  // namespace pplx

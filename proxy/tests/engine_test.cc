@@ -22,7 +22,7 @@ TEST_P(EngineTest, WritesOfEverySizeAndOffset) {
   for (size_t size : {size_t{0}, size_t{1}, size_t{8191}, size_t{16385}, kSize}) {
     for (auto [from, to] : {std::pair<size_t, size_t>{0, 0}, {3, 0}, {0, 61}, {17, 5}}) {
       std::memset(target->data(), 0, target->size());
-      CompletionCounter done;
+      auto& done = lasting_counter();
       a.write({source.get(), from, remote.get(), to, size, 7}, &done);
       counter.wait(++expected);
       ASSERT_EQ(std::memcmp(target->data() + to, source->data() + from, size), 0) << size;
@@ -42,11 +42,14 @@ TEST_P(EngineTest, CountsEveryImmediateOnce) {
   auto source = a.allocate(4096);
   auto target = b.allocate(4096);
   auto remote = a.open(target->descriptor());
-  CompletionCounter done;
+  auto& done = lasting_counter();
   for (uint64_t i = 0; i < writes; ++i) {
     a.write({source.get(), 0, remote.get(), i % 64 * 8, 8, static_cast<uint32_t>(i % 3)}, &done);
   }
-  for (uint32_t imm = 0; imm < 3; ++imm) b.imm_counter(imm).wait((writes + 2 - imm) / 3);
+  for (uint32_t imm = 0; imm < 3; ++imm) {
+    const uint64_t share = (writes + 2 - imm) / 3;
+    EXPECT_EQ(wait_arrived(a, b, imm, share), share);
+  }
   EXPECT_EQ(wait_done(a, done, writes), writes);
   EXPECT_EQ(done.failed(), 0u);
   std::this_thread::sleep_for(20ms);
@@ -68,7 +71,7 @@ TEST_P(EngineTest, BytesAreThereWhenTheImmediateIs) {
   for (uint32_t i = 0; i < kSlots; ++i) counters.push_back(b.imm_counter(1000 + i));
   for (uint64_t round = 1; round <= 10; ++round) {
     fill_random(source->data(), source->size(), round);
-    CompletionCounter done;
+    auto& done = lasting_counter();
     for (uint32_t i = 0; i < kSlots; ++i) {
       a.write({source.get(), i * kSlot, remote.get(), i * kSlot, kSlot, 1000 + i}, &done);
     }
@@ -97,7 +100,7 @@ TEST_P(EngineTest, ScatterWritesEveryEntry) {
       a.open(at_b->descriptor()), a.open(at_c->descriptor()), a.open(at_a->descriptor())};
   std::vector<ScatterEntry> entries;
   for (size_t i = 0; i < 3; ++i) entries.push_back({i * 5000, remotes[i], i * 100, 5000 + i});
-  CompletionCounter done;
+  auto& done = lasting_counter();
   a.scatter(*source, entries, 9, &done);
   b.imm_counter(9).wait(1);
   c.imm_counter(9).wait(1);
@@ -155,18 +158,18 @@ TEST_P(EngineTest, ManyThreadsWriteAtOnce) {
   auto source = a.allocate(64);
   auto target = b.allocate(64);
   auto remote = a.open(target->descriptor());
-  CompletionCounter done;
-  std::vector<std::thread> threads;
+  auto& done = lasting_counter();
+  std::vector<std::future<void>> threads;
   for (int t = 0; t < kThreads; ++t) {
-    threads.emplace_back([&, t] {
+    threads.push_back(std::async(std::launch::async, [&, t] {
       for (int i = 0; i < kWrites; ++i) {
         a.write({source.get(), 0, remote.get(), static_cast<size_t>(t) * 8, 8, static_cast<uint32_t>(t)},
                 &done);
       }
-    });
+    }));
   }
-  for (uint32_t t = 0; t < kThreads; ++t) b.imm_counter(t).wait(kWrites);
-  for (auto& thread : threads) thread.join();
+  for (uint32_t t = 0; t < kThreads; ++t) EXPECT_EQ(wait_arrived(a, b, t, kWrites), uint64_t{kWrites});
+  for (auto& thread : threads) thread.get();
   EXPECT_EQ(wait_done(a, done, kThreads * kWrites), uint64_t{kThreads * kWrites});
   EXPECT_EQ(done.failed(), 0u);
 }
@@ -231,10 +234,10 @@ TEST_P(EngineTest, CloseEndsWhatIsUnderWay) {
   auto target = b.allocate(1 << 20);
   auto remote = a.open(target->descriptor());
   auto back = b.open(source->descriptor());
-  CompletionCounter done;
+  auto& done = lasting_counter();
   for (int i = 0; i < 50; ++i) a.write({source.get(), 0, remote.get(), 0, source->size(), 1}, &done);
-  std::promise<ErrorKind> waited;
-  std::thread waiter([&] { waited.set_value(kind_of([&] { a.imm_counter(99).wait(1, 60s); })); });
+  auto waiter =
+      std::async(std::launch::async, [&] { return kind_of([&] { a.imm_counter(99).wait(1, 60s); }); });
   std::this_thread::sleep_for(5ms);
   auto started = Clock::now();
   a.close();
@@ -245,8 +248,7 @@ TEST_P(EngineTest, CloseEndsWhatIsUnderWay) {
   if (done.failed() > 0) {
     EXPECT_EQ(done.error()->kind(), ErrorKind::kClosed);
   }
-  EXPECT_EQ(waited.get_future().get(), ErrorKind::kClosed);
-  waiter.join();
+  EXPECT_EQ(waiter.get(), ErrorKind::kClosed);
   EXPECT_EQ(kind_of([&] { a.write({source.get(), 0, remote.get(), 0, 1, 1}); }), ErrorKind::kClosed);
   EXPECT_EQ(kind_of([&] { a.allocate(8); }), ErrorKind::kClosed);
   EXPECT_EQ(kind_of([&] { a.recv(); }), ErrorKind::kClosed);

@@ -81,7 +81,7 @@ TEST(GpuWrites, AreVisibleBeforeTheyCount) {
   std::vector<std::byte> memory(64);
   auto target = b.register_memory(DeviceMemory{memory.data(), memory.size(), 1});
   auto counter = b.imm_counter(1);
-  gpus.count = [&] { return counter.value(); };
+  gpus.count = [counter] { return counter.value(); };
   auto source = a.allocate(64);
   auto remote = a.open(target->descriptor());
   for (uint64_t i = 1; i <= 5; ++i) {

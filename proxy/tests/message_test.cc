@@ -61,9 +61,9 @@ TEST_P(MessageTest, BarriersHoldEveryoneBack) {
     members.push_back(engines.back()->address());
   }
   std::atomic<int> entered{0};
-  std::vector<std::thread> threads;
+  std::vector<std::future<void>> threads;
   for (int r = 0; r < kRanks; ++r) {
-    threads.emplace_back([&, r] {
+    threads.push_back(std::async(std::launch::async, [&, r] {
       for (int generation = 0; generation < 2; ++generation) {
         auto group = engines[static_cast<size_t>(r)]->peer_group(members, 7);
         EXPECT_EQ(group->rank(), static_cast<size_t>(r));
@@ -75,9 +75,9 @@ TEST_P(MessageTest, BarriersHoldEveryoneBack) {
           EXPECT_GE(entered.load(), (generation * kRounds + round) * kRanks);
         }
       }
-    });
+    }));
   }
-  for (auto& thread : threads) thread.join();
+  for (auto& thread : threads) thread.get();
 }
 
 TEST_P(MessageTest, BarrierNamesWhoIsMissing) {

@@ -40,7 +40,7 @@ TEST_P(NicCounts, EveryByteArrivesOnceAndNoOther) {
     const size_t size = round < 10 ? kSizes[round] : rng() % (kSize - 4096);
     const size_t from = rng() % (kSize - size), to = rng() % (kSize - size);
     std::memset(target->data(), 0x5a, kSize);
-    CompletionCounter done;
+    auto& done = lasting_counter();
     WriteRequest request{source.get(), from, remote.get(), to, size, 1};
     if (round % 2 != 0) {
       request.imm = 2;
@@ -97,7 +97,7 @@ TEST_P(FailingNic, LosesNoBytes) {
     auto source = a.allocate(kParts * kPart), target = b.allocate(kParts * kPart);
     auto remote = a.open(target->descriptor());
     fill_random(source->data(), source->size(), seed);
-    CompletionCounter done;
+    auto& done = lasting_counter();
     for (size_t i = 0; i < kParts; ++i) {
       if (i == seed * 4) fail(a, b, seed % 2);
       a.write({source.get(), i * kPart, remote.get(), i * kPart, kPart, {}}, &done);
@@ -127,26 +127,27 @@ TEST_P(FailingNic, CountsNoImmediateTwice) {
     auto source = a.allocate(4096), target = b.allocate(4096);
     auto remote = a.open(target->descriptor());
     a.write_future({source.get(), 0, remote.get(), 0, 8, kWrites}).get();  // they know each other now
-    std::vector<CompletionCounter> done(kWrites);
+    std::vector<pplx::CompletionCounter*> done;
+    for (uint32_t i = 0; i < kWrites; ++i) done.push_back(&lasting_counter());
     for (uint32_t i = 0; i < kWrites; ++i) {
       if (i == 10 + seed) fail(a, b, 0);
-      a.write({source.get(), 0, remote.get(), i * 8, 8, i}, &done[i]);
+      a.write({source.get(), 0, remote.get(), i * 8, 8, i}, done[i]);
     }
-    for (uint32_t i = 0; i < kWrites; ++i) ASSERT_EQ(wait_done(a, done[i], 1), 1u) << i;
+    for (uint32_t i = 0; i < kWrites; ++i) ASSERT_EQ(wait_done(a, *done[i], 1), 1u) << i;
     std::this_thread::sleep_for(2ms);
     for (int i = 0; i < 2000; ++i) b.progress();
     for (uint32_t i = 0; i < kWrites; ++i) {
       const uint64_t arrived = b.imm_counter(i).value();
-      if (done[i].failed() == 0) {
+      if (done[i]->failed() == 0) {
         ++succeeded;
         ASSERT_EQ(arrived, 1u) << "write " << i << " succeeded";
       } else {
         ++failed;
         ASSERT_LE(arrived, 1u) << "write " << i << " failed";
-        ASSERT_EQ(done[i].error()->kind(), ErrorKind::kPeer);
-        ASSERT_NE(std::string(done[i].error()->what()).find("may have arrived and been counted, or not"),
+        ASSERT_EQ(done[i]->error()->kind(), ErrorKind::kPeer);
+        ASSERT_NE(std::string(done[i]->error()->what()).find("may have arrived and been counted, or not"),
                   std::string::npos)
-            << done[i].error()->what();
+            << done[i]->error()->what();
       }
     }
     retried += a.stats().retries;
@@ -217,7 +218,7 @@ class Traffic {
   std::mt19937_64 rng_;
   std::shared_ptr<Region> source_, target_;
   std::shared_ptr<RemoteRegion> remote_;
-  CompletionCounter done_;
+  pplx::CompletionCounter& done_ = lasting_counter();
   std::map<uint32_t, uint64_t> expected_;
   std::map<size_t, size_t> longest_;
   uint64_t writes_ = 0;
@@ -330,8 +331,6 @@ TEST(Nics, PeersMayBeMetWhileOneIsLost) {
   auto deaf = config;
   deaf.sim.stall_every = 1;
   deaf.sim.stall_polls = UINT32_MAX;
-  TransferEngine a(config), b(deaf);
-  std::vector<std::unique_ptr<TransferEngine>> others;
   struct Meets final : CompletionSink {
     void complete(const Error* error) noexcept override {
       if (error == nullptr) return;
@@ -340,7 +339,9 @@ TEST(Nics, PeersMayBeMetWhileOneIsLost) {
     TransferEngine* engine = nullptr;
     std::vector<RegionDescriptor> unmet;
     std::vector<std::shared_ptr<RemoteRegion>> met;
-  } meets;
+  } meets;  // before the engines: it outlives its operations
+  TransferEngine a(config), b(deaf);
+  std::vector<std::unique_ptr<TransferEngine>> others;
   meets.engine = &a;
   constexpr size_t kOthers = 12;
   auto small = sim_nics(2, 1, "met");
@@ -407,9 +408,9 @@ TEST(Nics, AFullOneDoesNotHoldUpTheOthers) {
   TransferEngine a(config), b(config);
   auto source = a.allocate(64), target = b.allocate(64);
   auto remote = a.open(target->descriptor());
-  CompletionCounter done;
+  auto& done = lasting_counter();
   for (int i = 0; i < 500; ++i) a.write({source.get(), 0, remote.get(), 0, 8, 1}, &done);
-  b.imm_counter(1).wait(500);
+  EXPECT_EQ(wait_arrived(a, b, 1, 500), 500u);
   EXPECT_EQ(wait_done(a, done, 500), 500u);
   auto nics = a.details().nics;
   EXPECT_EQ(nics[0].traffic.writes, 250u);
@@ -432,7 +433,7 @@ TEST(Efa, HasItsLimits) {
   auto source = a.allocate(4096), target = b.allocate(4096);
   auto remote = a.open(target->descriptor());
   constexpr uint32_t kWrites = 200;
-  CompletionCounter done;
+  auto& done = lasting_counter();
   std::vector<ImmCounter> counters;
   for (uint32_t i = 0; i < kWrites; ++i) counters.push_back(b.imm_counter(i));
   for (uint32_t i = 0; i < kWrites; ++i) a.write({source.get(), 0, remote.get(), 0, 4096, i}, &done);
@@ -453,7 +454,7 @@ TEST(Efa, HasItsLimits) {
   EXPECT_GT(a.stats().backpressure, 0u) << "its queues are short";
   EXPECT_LE(a.details().nics[0].deepest, 64u);
   // Writes without bytes need memory that is there.
-  target.reset();
+  b.drop(target);
   auto refused = a.write_future({nullptr, 0, remote.get(), 0, 0, 1});
   ASSERT_TRUE(
       a.wait_until([&] { return refused.wait_for(0s) == std::future_status::ready; }, Clock::now() + 10s));
@@ -481,7 +482,7 @@ TEST(Efa, StrangersAreRefusedAndPeersIntroduceThemselves) {
     auto source = a.allocate(4096), target = b.allocate(4096), back = b.allocate(4096);
     // b has never heard of a, nor called anything but this.
     auto remote = a.open(target->descriptor());
-    CompletionCounter done;
+    auto& done = lasting_counter();
     for (int i = 0; i < 100; ++i) a.write({source.get(), 0, remote.get(), 0, 64, 1}, &done);
     b.imm_counter(1).wait(100);
     ASSERT_EQ(wait_done(a, done, 100), 100u);

@@ -86,7 +86,7 @@ TEST_P(ProcessTest, PingPong) {
     auto counter = engine.imm_counter(1);
     Bytes expected(kSize);
     bool good = true;
-    CompletionCounter done;
+    auto& done = lasting_counter();
     for (uint64_t round = 1; round <= kRounds; ++round) {
       fill_random(expected.data(), kSize, round);
       size_t length = round * 7919 % kSize;
@@ -137,7 +137,7 @@ TEST_P(ProcessTest, KilledPeerFailsWritesToItOnly) {
   auto remote = engine.open(RegionDescriptor(to_parent.get()));
   auto at_other = other.allocate(kSize);
   auto to_other = engine.open(at_other->descriptor());
-  CompletionCounter done;
+  auto& done = lasting_counter();
   engine.write({source.get(), 0, remote.get(), 0, kSize, 1}, &done);
   ASSERT_EQ(wait_done(engine, done, 1), 1u);
   ASSERT_EQ(done.failed(), 0u);
@@ -146,7 +146,8 @@ TEST_P(ProcessTest, KilledPeerFailsWritesToItOnly) {
   finish();
 
   constexpr uint64_t kWrites = 40;
-  CompletionCounter lost, good;
+  auto& lost = lasting_counter();
+  auto& good = lasting_counter();
   for (uint64_t i = 0; i < kWrites; ++i) {
     engine.write({source.get(), 0, remote.get(), 0, kSize, 1}, &lost);
     engine.write({source.get(), 0, to_other.get(), 0, kSize, 1}, &good);

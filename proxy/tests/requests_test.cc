@@ -45,7 +45,7 @@ TEST_P(RequestTest, PagesGoWhereTheirListsSay) {
   uint64_t expected = 0;
   for (size_t group : {size_t{0}, size_t{1}, size_t{7}, size_t{40}, size_t{100}}) {
     std::memset(target->data(), 0, target->size());
-    CompletionCounter done;
+    auto& done = lasting_counter();
     a.paged_write({.source = source.get(),
                    .source_pages = {.offset = 100, .stride = 0, .pages = from},
                    .target = remote.get(),
@@ -67,7 +67,7 @@ TEST_P(RequestTest, PagesGoWhereTheirListsSay) {
   }
   // Contiguous on both sides: one write. None at all: an immediate all the same.
   const uint64_t before = a.stats().writes;
-  CompletionCounter done;
+  auto& done = lasting_counter();
   a.paged_write(
       {.source = source.get(), .target = remote.get(), .count = kPages, .page_bytes = kPage, .imm = 5},
       &done);
@@ -111,7 +111,7 @@ TEST_P(RequestTest, ScattersToTheMembersOfAGroup) {
   auto targets = a.open(*group, descriptors);
   EXPECT_EQ(targets->size(), 2u);
   std::vector<GroupEntry> entries = {{0, 0, 100, 300}, {1, 300, 0, 200}};
-  CompletionCounter done;
+  auto& done = lasting_counter();
   a.scatter(*source, *targets, entries, 6, &done);
   b.imm_counter(6).wait(1);
   a.imm_counter(6).wait(1);
@@ -128,7 +128,9 @@ TEST_P(RequestTest, WaitsWithoutAThread) {
   auto source = a.allocate(8), target = b.allocate(8);
   auto remote = a.open(target->descriptor());
   auto counter = b.imm_counter(1);
-  CompletionCounter one, three, message;
+  auto& one = lasting_counter();
+  auto& three = lasting_counter();
+  auto& message = lasting_counter();
   b.when(counter, 3, &three);
   b.when(counter, 1, &one);
   b.when_message(&message);
@@ -141,7 +143,8 @@ TEST_P(RequestTest, WaitsWithoutAThread) {
   };
   ASSERT_TRUE(soon([&] { return one.done() == 1 && message.done() == 1; }));
   EXPECT_EQ(three.done(), 0u);
-  CompletionCounter cancelled, late;
+  auto& cancelled = lasting_counter();
+  auto& late = lasting_counter();
   const uint64_t id = b.new_id();
   b.when(counter, 100, &cancelled, id);
   EXPECT_EQ(b.cancel(id), 1u);
@@ -156,12 +159,12 @@ TEST_P(RequestTest, AWatchWordPostsItsWritesOnceAnIncrement) {
   auto source = a.allocate(64), target = b.allocate(64);
   std::shared_ptr<RemoteRegion> remote = a.open(target->descriptor());
   std::memset(source->data(), 7, 64);
-  std::atomic<uint64_t> told{0};
+  auto told = std::make_shared<std::atomic<uint64_t>>(0);
   WatchConfig config;
   config.writes = {{source, 0, remote, 0, 32, 1}, {source, 32, remote, 32, 32, 2}};
-  config.changed = [&](uint64_t value) { told = value; };
+  config.changed = [told](uint64_t value) { *told = value; };
   auto word = a.watch_word(config);
-  std::thread writer([&] {
+  auto writer = std::async(std::launch::async, [&] {
     for (int i = 0; i < 50; ++i) {
       std::atomic_ref<uint64_t>(*word->word()).fetch_add(1, std::memory_order_release);
       if (i % 10 == 0) std::this_thread::sleep_for(1ms);
@@ -169,12 +172,12 @@ TEST_P(RequestTest, AWatchWordPostsItsWritesOnceAnIncrement) {
   });
   b.imm_counter(1).wait(50);
   b.imm_counter(2).wait(50);
-  writer.join();
+  writer.get();
   EXPECT_EQ(target->data()[0], std::byte{7});
   EXPECT_EQ(target->data()[63], std::byte{7});
   EXPECT_EQ(word->seen(), 50u);
   EXPECT_EQ(word->posted(), 100u);
-  EXPECT_TRUE(a.wait_until([&] { return word->completed() == 100 && told == 50; }, Clock::now() + 10s));
+  EXPECT_TRUE(a.wait_until([&] { return word->completed() == 100 && *told == 50; }, Clock::now() + 10s));
   EXPECT_FALSE(word->error());
   std::atomic_ref<uint64_t>(*word->word()).store(3);
   EXPECT_TRUE(a.wait_until([&] { return word->error().has_value(); }, Clock::now() + 10s)) << "it went back";
@@ -193,7 +196,7 @@ TEST_P(RequestTest, PoolsHoldSendersBackAndLoseNothing) {
   EXPECT_EQ(remote->buffer_bytes(), kBuffer);
   std::shared_ptr<Region> source = a.allocate(kBuffer * kMessages);
   fill_random(source->data(), source->size(), 5);
-  CompletionCounter done;
+  auto& done = lasting_counter();
   for (size_t i = 0; i < kMessages; ++i) a.send(*remote, source, i * kBuffer, 1 + i * 199, &done);
   std::set<size_t> seen;
   for (size_t i = 0; i < kMessages; ++i) {
@@ -218,7 +221,7 @@ TEST_P(RequestTest, AFullPoolRefuses) {
   auto pool = b.receive_pool({.buffer_bytes = 64, .buffers = 1, .max_waiting = 2});
   auto remote = a.open(pool->descriptor());
   std::shared_ptr<Region> source = a.allocate(64);
-  CompletionCounter done;
+  auto& done = lasting_counter();
   for (int i = 0; i < 5; ++i) a.send(*remote, source, 0, 64, &done);
   ASSERT_TRUE(a.wait_until([&] { return done.failed() == 2; }, Clock::now() + 10s));
   EXPECT_EQ(done.error()->kind(), ErrorKind::kFabric);
@@ -226,7 +229,7 @@ TEST_P(RequestTest, AFullPoolRefuses) {
   EXPECT_EQ(wait_done(a, done, 5), 5u);
   EXPECT_EQ(done.failed(), 2u);
   pool.reset();
-  CompletionCounter gone;
+  auto& gone = lasting_counter();
   a.send(*remote, source, 0, 64, &gone);
   EXPECT_EQ(wait_done(a, gone, 1), 1u);
   EXPECT_EQ(gone.failed(), 1u) << "there is no pool any more";
@@ -237,7 +240,7 @@ TEST_P(RequestTest, StatisticsAndTimeline) {
   auto remote = a.open(target->descriptor());
   EXPECT_EQ(a.timeline().find("\"ph\":\"b\""), std::string::npos);
   a.start_timeline(64);
-  CompletionCounter done;
+  auto& done = lasting_counter();
   for (int i = 0; i < 200; ++i) a.write({source.get(), 0, remote.get(), 0, 4096, 1}, &done);
   b.imm_counter(1).wait(200);
   ASSERT_EQ(wait_done(a, done, 200), 200u);
@@ -283,7 +286,9 @@ TEST(Cancel, TakesBackWhatHasNotBegun) {
     auto remote = a.open(target->descriptor());
     fill_random(source->data(), source->size(), seed);
     const uint64_t id = a.new_id(), other = a.new_id();
-    CompletionCounter first, paged, kept;
+    auto& first = lasting_counter();
+    auto& paged = lasting_counter();
+    auto& kept = lasting_counter();
     a.write({source.get(), 0, remote.get(), 0, 500, 1, false, id}, &first);
     std::vector<uint64_t> pages;
     for (uint64_t page = 0; page < 100; page += 2) pages.push_back(page);

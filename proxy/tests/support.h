@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <random>
 #include <string>
@@ -20,6 +22,48 @@ namespace pplx::testing {
 
 using namespace std::chrono_literals;
 
+// An assertion that fails, or a wait that throws, leaves a test while its operations are under way, and
+// workers go on with whatever those refer to. So tests make nothing of the kind in their own frames: neither
+// sinks (this declaration hides the real one, so that one on the stack does not compile) nor memory to send
+// from.
+class CompletionCounter;
+
+// A counter that is never freed.
+inline pplx::CompletionCounter& lasting_counter() {
+  static std::mutex mutex;
+  static auto& all = *new std::deque<pplx::CompletionCounter>;
+  std::lock_guard lock(mutex);
+  return all.emplace_back();
+}
+
+// What it allocates stays until it is closed, whoever drops the handle.
+class TransferEngine : public pplx::TransferEngine {
+ public:
+  using pplx::TransferEngine::TransferEngine;
+  ~TransferEngine() { close(); }
+  std::shared_ptr<Region> allocate(size_t size) {
+    std::lock_guard lock(mutex_);
+    return kept_.emplace_back(pplx::TransferEngine::allocate(size));
+  }
+  // For tests of what is registered no more; nothing of this engine's may be under way from or into it.
+  void drop(std::shared_ptr<Region>& region) {
+    std::lock_guard lock(mutex_);
+    std::erase(kept_, region);
+    region.reset();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Region>> kept_;
+};
+
+// tests/soft_roce gives emulated machines more time.
+inline double time_scale() {
+  const char* text = std::getenv("PPLX_TEST_TIME_SCALE");
+  return text == nullptr ? 1.0 : std::max(1.0, std::atof(text));
+}
+inline Duration scaled(Duration limit) { return std::chrono::duration_cast<Duration>(limit * time_scale()); }
+
 struct FabricCase {
   std::string name;
   EngineConfig config;
@@ -29,7 +73,7 @@ inline void PrintTo(const FabricCase& fabric, std::ostream* out) { *out << fabri
 
 inline EngineConfig local() {
   EngineConfig config;
-  config.timeout = 10s;
+  config.timeout = scaled(10s);
   return config;
 }
 
@@ -72,13 +116,6 @@ inline EngineConfig fenced(EngineConfig config) {
   config.sim.fences = true;
   return config;
 }
-
-// tests/soft_roce gives emulated machines more time.
-inline double time_scale() {
-  const char* text = std::getenv("PPLX_TEST_TIME_SCALE");
-  return text == nullptr ? 1.0 : std::max(1.0, std::atof(text));
-}
-inline Duration scaled(Duration limit) { return std::chrono::duration_cast<Duration>(limit * time_scale()); }
 
 // Runs of a property test: PPLX_TEST_RUNS multiplies them, for long searches.
 inline uint64_t property_runs(uint64_t few) {
@@ -160,10 +197,24 @@ ErrorKind kind_of(Function&& function) {
   return ErrorKind::kRouting;
 }
 
-inline uint64_t wait_done(TransferEngine& engine, const CompletionCounter& counter, uint64_t n,
+inline uint64_t wait_done(TransferEngine& engine, const pplx::CompletionCounter& counter, uint64_t n,
                           Duration timeout = 20s) {
   engine.wait_until([&] { return counter.done() >= n; }, Clock::now() + scaled(timeout));
   return counter.done();
+}
+
+// Waits for immediates at `to` on this thread alone. Where few writes may be under way both ends take turns,
+// hundreds of them, and on a busy machine a worker may be given one every 100 ms only.
+inline uint64_t wait_arrived(TransferEngine& from, TransferEngine& to, uint32_t imm, uint64_t n,
+                             Duration timeout = 20s) {
+  const auto counter = to.imm_counter(imm);
+  from.wait_until(
+      [&] {
+        to.progress();
+        return counter.value() >= n;
+      },
+      Clock::now() + scaled(timeout));
+  return counter.value();
 }
 
 // libfabric 2's shm crashes between engines of one process, which the engine therefore refuses.

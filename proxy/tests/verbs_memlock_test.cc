@@ -62,7 +62,7 @@ TEST_F(VerbsMemlock, IsNamedAndTheEngineGoesOn) {
   }
   const auto region = engine.allocate(8 << 20);
   const auto own = engine.open(region->descriptor());
-  CompletionCounter done;
+  auto& done = lasting_counter();
   engine.write({.source = region.get(), .target = own.get(), .length = 4096}, &done);
   EXPECT_TRUE(engine.wait_until([&] { return done.done() == 1; }, Clock::now() + 20s));
   EXPECT_EQ(done.failed(), 0U);

@@ -73,7 +73,7 @@ TEST_F(VerbsTest, DevicesPortsAndGidsAreChosen) {
 // with the peer, and what had not arrived goes over the other.
 TEST_F(VerbsTest, ALostNicLosesNothingAndRepeatsNothing) {
   for (uint64_t round = 0; round < 4; ++round) {
-    CompletionCounter done;
+    auto& done = lasting_counter();
     TransferEngine a(with_nics(verbs(), 2)), b(with_nics(verbs(), 2));
     constexpr size_t kWrites = 200, kSize = 5000;
     auto source = a.allocate(kWrites * kSize), target = b.allocate(kWrites * kSize);
@@ -138,9 +138,10 @@ TEST_F(VerbsTest, ReconnectsAfterARefusedWrite) {
     std::memset(target->data(), 0, target->size());
     auto doomed = b.allocate(kSize);
     auto to_doomed = a.open(doomed->descriptor());
-    doomed.reset();
-    CompletionCounter before, after;
-    auto write = [&](size_t i, CompletionCounter& done) {
+    b.drop(doomed);
+    auto& before = lasting_counter();
+    auto& after = lasting_counter();
+    auto write = [&](size_t i, pplx::CompletionCounter& done) {
       a.write({source.get(), i * kSize, remote.get(), i * kSize, kSize, 7}, &done);
     };
     for (size_t i = 0; i < kWrites / 2; ++i) write(i, before);
@@ -183,13 +184,13 @@ TEST_F(VerbsTest, BothSidesBeginAtOnce) {
     TransferEngine a(verbs(2)), b(verbs(2));
     auto at_a = a.allocate(4096), at_b = b.allocate(4096);
     auto to_b = a.open(at_b->descriptor()), to_a = b.open(at_a->descriptor());
-    std::thread other([&] {
+    auto other = std::async(std::launch::async, [&] {
       for (int i = 0; i < 20; ++i) b.write({at_b.get(), 0, to_a.get(), 0, 64, 2});
       b.imm_counter(1).wait(20);
     });
     for (int i = 0; i < 20; ++i) a.write({at_a.get(), 0, to_b.get(), 0, 64, 1});
     a.imm_counter(2).wait(20);
-    other.join();
+    other.get();
   }
 }
 
