@@ -280,7 +280,7 @@ other_gpus() {
 }
 
 # Every parser of bytes from the network: its corpus, then FUZZ_SECONDS each of new inputs.
-FUZZ_SECONDS=${FUZZ_SECONDS:-15}
+FUZZ_SECONDS=${FUZZ_SECONDS:-12}
 fuzz() {
   command -v clang++ >/dev/null || skip "clang is not installed"
   local classic=()
