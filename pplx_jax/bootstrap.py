@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import hashlib
 import ipaddress
 import json
+import logging
 import secrets
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pplx_jax import compat, errors
+from pplx_jax import compat, environment, errors
 from pplx_jax.interfaces import interfaces
+
+_logger = logging.getLogger("pplx_jax")
 
 
 def host_identity() -> str:
@@ -71,8 +74,8 @@ def _own_secret() -> bytes:
     return secrets.token_bytes(32)
 
 
-@functools.cache
 def _shared_secret(timeout: float) -> bytes:
+    # Asked for each time: after shutdown() and initialize() the service is another one, with another secret.
     client = compat.coordination_client()
     assert client is not None
     with contextlib.suppress(Exception):  # somebody was first, or it does not answer: then it won't below
@@ -85,69 +88,172 @@ def _shared_secret(timeout: float) -> bytes:
         ) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Bootstrap:
-    """All-to-all exchange of small byte strings between the processes of one group.
+#: Keys that a process has published in a scope and not yet taken back.
+_published: dict[tuple[str, int], list[str]] = {}
+#: Seconds after which a wait is logged.
+_PATIENCE = 10.0
 
-    Args:
-      scope: prefix of every key; equal on all processes, used once.
-      process: this process's index in ``processes``.
-      processes: JAX process indices that take part.
-      timeout: seconds to wait for the others.
+
+class BegunAnewError(Exception):
+    """Another process has given up connecting, or died, and begins anew: so must this one. Never leaves
+    ``Membership``.
+
+    Attributes:
+      process: which.
     """
 
-    scope: str
-    process: int
-    processes: tuple[int, ...]
-    timeout: float
+    def __init__(self, process: int) -> None:
+        super().__init__(f"process {process} began to connect anew")
+        self.process = process
+
+
+class Bootstrap:
+    """One attempt to connect some processes: names it, and exchanges small byte strings under that name.
+
+    Attempts share no memory, so that those that failed, or whose process died, need not be counted alike by
+    anybody (docs/protocol.md, "Finding each other").
+
+    Args:
+      scope: prefix of every key; equal on all processes, for all attempts of a group.
+      process: this process's index in ``processes``.
+      processes: JAX process indices that take part.
+      timeout: seconds to wait for the others at each stage.
+      what: is being connected, for errors.
+
+    Attributes:
+      connection: name of the connection: of these attempts of all processes, and no others. After ``meet``.
+    """
+
+    def __init__(
+        self, scope: str, process: int, processes: tuple[int, ...], timeout: float, what: str
+    ) -> None:
+        self.scope = f"pplx_jax/{scope}"
+        self.process = process
+        self.processes = processes
+        self.timeout = timeout
+        self.what = what
+        self.connection = ""
+        self._number = secrets.token_hex(8)
+        self._numbers: dict[int, str] = {}
+        self._meet_until = time.monotonic() + timeout
+        # Every process asks for all numbers: less often where there are many.
+        self._interval = min(1.0, max(0.1, 0.002 * len(processes)))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to meet."""
+        return self.processes == (self.process,)
+
+    def meet(self) -> None:
+        """Waits until every process attempts to connect, and names the ``connection``.
+
+        Raises:
+          TimeoutError: naming the first process that did not come in time.
+          FabricError: without ``jax.distributed`` although there are several processes.
+        """
+        self._numbers = {self.process: self._number}
+        if not self.alone:
+            client = self._client()
+            client.key_value_set_bytes(self._number_key(self.process), self._number.encode(), True)
+            for process in self.processes:
+                if process != self.process:
+                    found = self._wait(self._number_key(process), process, "meeting", self._meet_until)
+                    self._numbers[process] = found.decode()
+        named = repr(sorted(self._numbers.items())).encode()
+        self.connection = hashlib.blake2b(named, digest_size=16).hexdigest()
+
+    def meet_again(self, begun: BegunAnewError) -> None:
+        """``meet``, after one of the others has begun anew."""
+        if time.monotonic() > self._meet_until:
+            raise errors.TimeoutError(
+                f"{begun}, and {self.timeout:g} s of connecting {self.what} have passed"
+            )
+        self.meet()
 
     def exchange(self, stage: str, value: bytes) -> Mapping[int, bytes]:
-        """Publishes ``value``; returns everybody's, by process index.
+        """Publishes ``value``; returns everybody's, by process index. After ``meet``.
 
         Raises:
           TimeoutError: naming the first process that published nothing in time.
-          FabricError: without ``jax.distributed`` although there are several processes.
+          BegunAnewError: another process has begun anew and will publish nothing.
         """
-        if self.processes == (self.process,):
+        if self.alone:
             return {self.process: value}
+        key = self._key(stage, self.process)
+        _published.setdefault((self.scope, self.process), []).append(key)
+        # A second time where this process has met the same attempts again.
+        self._client().key_value_set_bytes(key, value, True)
+        deadline = time.monotonic() + self.timeout
+        return {p: self._wait(self._key(stage, p), p, stage, deadline, watch=True) for p in self.processes}
+
+    def exchange_json(self, stage: str, value: object) -> Mapping[int, object]:
+        """The same for values that JSON can hold."""
+        return {p: json.loads(v) for p, v in self.exchange(stage, json.dumps(value).encode()).items()}
+
+    def finish(self) -> None:
+        """Returns once every process is here, when nothing of earlier attempts is needed any more."""
+        if self.alone:
+            return
+        # First, so that who connects again at once does not take it for one of an attempt to come.
+        self._delete(self._number_key(self.process))
+        self.exchange("connected/barrier", b"here")
+        last = self._key("connected/barrier", self.process)  # somebody may still have to read it
+        published = _published[self.scope, self.process]
+        for key in set(published) - {last}:
+            self._delete(key)
+        published[:] = [last]
+
+    def _wait(self, key: str, process: int, stage: str, deadline: float, watch: bool = False) -> bytes:
+        client = self._client()
+        began, told = time.monotonic(), False
+        while True:
+            left = max(0.001, deadline - time.monotonic())
+            try:
+                return client.blocking_key_value_get_bytes(key, int(min(left, self._interval) * 1000) + 1)
+            except Exception as error:
+                if left <= self._interval or "DEADLINE_EXCEEDED" not in str(error):
+                    raise errors.TimeoutError(
+                        f"process {process} did not reach stage '{stage}' of connecting {self.what} within "
+                        f"{self.timeout:g} s: is it running the same program? ({error})"
+                    ) from error
+            if watch and (begun := self._begun_anew()) is not None:
+                # It may have published that first, having had all that it needed under this name.
+                try:
+                    return client.key_value_try_get_bytes(key)
+                except Exception:
+                    raise BegunAnewError(begun) from None
+            if not told and time.monotonic() - began > _PATIENCE:
+                told = True
+                if environment.log_level() not in ("error", "off"):
+                    _logger.warning(
+                        "connecting %s: waiting for process %d, stage '%s'", self.what, process, stage
+                    )
+
+    def _begun_anew(self) -> int | None:
+        """A process that has another number than when they met. One that has none is about to be done."""
+        now: dict[str, bytes] = {}
+        with contextlib.suppress(Exception):  # the wait goes on, and ends by its deadline
+            now = dict(self._client().key_value_dir_get_bytes(f"{self.scope}/number"))
+        for process, number in self._numbers.items():
+            if now.get(self._number_key(process), number.encode()).decode() != number:
+                return process
+        return None
+
+    def _client(self) -> compat.CoordinationClient:
         client = compat.coordination_client()
         if client is None:
             raise errors.FabricError(
                 "the mesh spans several processes but jax.distributed is not initialised: call "
                 "jax.distributed.initialize() first"
             )
-        client.key_value_set_bytes(self._key(stage, self.process), value)
-        deadline = time.monotonic() + self.timeout
-        values = {}
-        for process in self.processes:
-            left = max(0.001, deadline - time.monotonic())
-            try:
-                values[process] = client.blocking_key_value_get_bytes(
-                    self._key(stage, process), int(left * 1000) + 1
-                )
-            except Exception as error:
-                raise errors.TimeoutError(
-                    f"process {process} did not reach stage '{stage}' of connecting {self.scope} within "
-                    f"{self.timeout:g} s: is it running the same program? ({error})"
-                ) from error
-        return values
+        return client
 
-    def exchange_json(self, stage: str, value: object) -> Mapping[int, object]:
-        """The same for values that JSON can hold."""
-        return {p: json.loads(v) for p, v in self.exchange(stage, json.dumps(value).encode()).items()}
+    def _delete(self, key: str) -> None:
+        with contextlib.suppress(Exception):  # it only takes room
+            self._client().key_value_delete(key)
 
-    def barrier(self, stage: str) -> None:
-        """Returns once every process is here."""
-        self.exchange(f"{stage}/barrier", b"here")
-
-    def forget(self, *stages: str) -> None:
-        """Takes back what this process published in ``stages``: everybody has read it."""
-        client = compat.coordination_client()
-        if client is None or self.processes == (self.process,):
-            return
-        for stage in stages:
-            with contextlib.suppress(Exception):  # it only takes room
-                client.key_value_delete(self._key(stage, self.process))
+    def _number_key(self, process: int) -> str:
+        return f"{self.scope}/number/{process}"
 
     def _key(self, stage: str, process: int) -> str:
-        return f"pplx_jax/{self.scope}/{stage}/{process}"
+        return f"{self.scope}/{self.connection}/{stage}/{process}"

@@ -22,11 +22,17 @@ _Tree = TypeVar("_Tree")
 class CoordinationClient(Protocol):
     """The part of ``jax.distributed``'s client that bootstrap needs. Time-outs are in milliseconds."""
 
-    def key_value_set_bytes(self, key: str, value: bytes) -> None:
-        """Publishes a value; raises where the key has one."""
+    def key_value_set_bytes(self, key: str, value: bytes, allow_overwrite: bool = False) -> None:
+        """Publishes a value; raises where the key has one, unless that may be overwritten."""
 
     def key_value_delete(self, key: str) -> None:
         """Forgets it."""
+
+    def key_value_try_get_bytes(self, key: str) -> bytes:
+        """A value; raises where the key has none."""
+
+    def key_value_dir_get_bytes(self, key: str) -> list[tuple[str, bytes]]:
+        """All keys under ``key``, whole, and their values."""
 
     def blocking_key_value_get_bytes(self, key: str, timeout_in_ms: int) -> bytes:
         """Waits for a value."""

@@ -121,7 +121,9 @@ def _environment(problems: list[Problem]) -> dict[str, str]:
         for name in sorted(os.environ)
         if name.startswith("PPLX_") and name not in names
     ]
-    return {name: os.environ[name] for name in names if name in os.environ}
+    # Reports are pasted into tickets, and the job's token is not for those.
+    shown = {name: os.environ[name] for name in names if name in os.environ}
+    return shown | ({"PPLX_JOB": "set"} if shown.get("PPLX_JOB") else {})
 
 
 def _libraries(problems: list[Problem]) -> dict[str, dict[str, str]]:

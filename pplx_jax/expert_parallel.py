@@ -45,11 +45,12 @@ class ExpertParallel:
       fabric: "auto" (``PPLX_FABRIC`` where that is set; else in process where all ranks are in one, shared
         memory on one host, TCP otherwise), "local", "shm", "tcp", "sim" or a libfabric provider; options as
         in ``pplx_jax.fabric``.
-      timeout: seconds of silence after which a peer counts as dead, and limit for connecting; 30, or what
-        the environment says (``PPLX_TIMEOUT``).
+      timeout: seconds of silence after which a peer counts as dead, and for which ``mask`` waits for others;
+        30, or what the environment says (``PPLX_TIMEOUT``).
       stall_timeout: seconds to wait for a live peer that doesn't reach an exchange; three times that at a
-        call's first execution. At most 50 where several CPU ranks share a process, as XLA aborts a process
-        whose collective is stuck for 60.
+        call's first execution, and to connect: others may still be compiling or reading a checkpoint. At
+        most 50 where several CPU ranks share a process, as XLA aborts a process whose collective is stuck
+        for 60.
       nvlink: on GPUs: kernels write into the memory of ranks on the same host themselves. False: all goes
         through the host and ``fabric``.
       node_size: on GPUs: only ranks r of equal r // node_size do so; default all on the same host.
@@ -405,6 +406,9 @@ class ExpertParallel:
     def connect(self) -> None:
         """Opens regions and connects to every rank; collective over the mesh's processes. Idempotent.
 
+        Waits for the others for three times ``stall_timeout``. A call that has failed may be repeated, on
+        this group or a new, equal one, whatever the others did meanwhile.
+
         Raises:
           FabricError, TimeoutError, MismatchError, PeerError: what failed, with whom.
           ValueError: another live group has this name, or the mesh has no devices.
@@ -419,7 +423,8 @@ class ExpertParallel:
         places elsewhere too: ``dispatch`` treats a token's choices that are lost as -1, and multiplies the
         router weights of those that remain so that their sum stays what it was. A token that has lost all
         its experts gets zeros. ``stats()["masked"]`` tells how many did, and of how much weight. There are
-        no derivatives any more: a program that needs them raises a ValueError.
+        no derivatives any more: a program that needs them raises a ValueError. Tokens of an expert with
+        replicas come to those that are left: where ``rows`` bounds what a rank receives, leave room for that.
 
         Every rank that is left must give the same ranks, which are added to those masked before. The error
         that ``check()`` raises names one that died as its ``rank``. JAX, too, must be told to live with dead

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import jax
@@ -38,9 +39,6 @@ _lock = threading.RLock()
 _known: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
 #: Connected groups by name.
 _live: dict[str, Membership] = {}
-#: How often a group of this id was connected among these processes: every connection has keys of its own in
-#: the key-value store, and all of its processes count alike.
-_generations: dict[tuple[int, tuple[int, ...]], int] = {}
 
 
 def _forget_groups() -> None:
@@ -99,7 +97,7 @@ class Membership:
         """What the first exchange of a program calls when its group is not connected."""
         membership = _known.get(group_id)
         if membership is not None:
-            membership.connect()
+            membership.connect(in_program=True)
 
     def require_own_process(self) -> None:
         """Raises where this process was forked from the one that made the group."""
@@ -112,7 +110,7 @@ class Membership:
 
     # --- connect ---
 
-    def connect(self) -> None:
+    def connect(self, in_program: bool = False) -> None:
         """``ExpertParallel.connect``."""
         self.require_own_process()
         with self._connect_lock:
@@ -122,20 +120,13 @@ class Membership:
                 return
             if not isinstance(self._mesh, Mesh):
                 raise ValueError("the group's mesh is abstract: connecting needs a Mesh with devices")
-            with _lock:
-                other = _live.get(self._name)
-                if other not in (None, self):
-                    raise ValueError(
-                        f"a group named '{self._name}' is already connected in this process: close() it, or "
-                        f"give this one another name="
-                    )
-                _live[self._name] = self
-            try:
-                self._members = self._open(self._mesh)
-            except BaseException:
-                with _lock:
-                    _live.pop(self._name, None)
-                raise
+            # Others may still be compiling, or reading a checkpoint: they get the time that they have to come
+            # to a first exchange.
+            patience = self._stall_timeout * _FIRST_CALL_FACTOR
+            if in_program and len(self._mesh.local_devices) > 1 and not _on_gpus(self._mesh):
+                patience = min(patience, _SHARED_PROCESS_STALL)
+            with self._holding_name():
+                self._members = self._open(self._mesh, patience)
 
     def mask(self, ranks: frozenset[int]) -> None:
         """``ExpertParallel.mask``."""
@@ -152,19 +143,34 @@ class Membership:
             self._check_masked(mesh, masked)
             if masked == self._masked and self._members:
                 return
-            if not any(member.failure() for member in self._members.values()):
-                self._drain()
-            self._closing += _close_together(self._members)
-            self._members, self._masked = {}, masked
-            try:
-                self._members = self._open(mesh)
-            except errors.TimeoutError as error:
-                raise errors.TimeoutError(
-                    f"{error}; ranks {sorted(masked)} are masked here: every rank that is left must mask "
-                    "the same"
-                ) from error
+            with self._holding_name():
+                if not any(member.failure() for member in self._members.values()):
+                    self._drain()
+                self._closing += _close_together(self._members)
+                self._members, self._masked = {}, masked
+                try:
+                    self._members = self._open(mesh, self._timeout)
+                except errors.TimeoutError as error:
+                    raise errors.TimeoutError(
+                        f"{error}; ranks {sorted(masked)} are masked here: every rank that is left must mask "
+                        "the same"
+                    ) from error
+
+    @contextlib.contextmanager
+    def _holding_name(self) -> Iterator[None]:
+        """No other group of this process has the name from now on, unless what is done now fails."""
+        with _lock:
+            if _live.setdefault(self._name, self) is not self:
+                raise ValueError(
+                    f"a group named '{self._name}' is already connected in this process: close() it, or "
+                    f"give this one another name="
+                )
+        try:
+            yield
+        except BaseException:
             with _lock:
-                _live[self._name] = self
+                _live.pop(self._name, None)
+            raise
 
     @property
     def masked(self) -> tuple[int, ...]:
@@ -193,18 +199,31 @@ class Membership:
                     "there or is not"
                 )
 
-    def _open(self, mesh: Mesh) -> dict[int, Member]:
+    def _open(self, mesh: Mesh, patience: float) -> dict[int, Member]:
+        """Members that are connected. ``patience``: seconds that the others have to come to each stage."""
         ranks = {d: place for d, place in self._ranks(mesh).items() if place[1] not in self._masked}
         process = jax.process_index()
         processes = tuple(sorted({device.process_index for device in ranks}))
         if process not in processes:
             raise ValueError(f"process {process} has no device in the group's mesh")
-        on_gpus = _on_gpus(mesh)
-        local = {device: place for device, place in ranks.items() if device.process_index == process}
-        connection = self._next_connection(processes)
-        boot = bootstrap.Bootstrap(connection, process, processes, self._timeout)
+        # By name, so that who is configured differently is met, and told.
+        scope = hashlib.blake2b(repr((self._name, processes)).encode(), digest_size=8).hexdigest()
+        boot = bootstrap.Bootstrap(scope, process, processes, patience, f"group '{self._name}'")
+        boot.meet()
+        while True:
+            try:
+                return self._open_met(boot, ranks, _on_gpus(mesh))
+            except bootstrap.BegunAnewError as begun:
+                boot.meet_again(begun)
+
+    def _open_met(
+        self, boot: bootstrap.Bootstrap, ranks: dict[Any, tuple[int, int]], on_gpus: bool
+    ) -> dict[int, Member]:
+        local = {device: place for device, place in ranks.items() if device.process_index == boot.process}
+        connection = f"{self._group_id:x}/{boot.connection}"
         most_sms = self._most_sms(list(local)) if on_gpus else 0
-        meeting = self._meet(boot, on_gpus, most_sms)
+        secret = bootstrap.job_secret(self._timeout)
+        meeting = self._meet(boot, on_gpus, most_sms, secret)
         fabric, address = meeting.fabric, meeting.address
         set_library_search_path()
         slices: dict[int, list[Any]] = {}
@@ -214,7 +233,7 @@ class Membership:
             s: gpu.Topology.of(d, meeting.hosts, self._gpu_options) for s, d in slices.items() if on_gpus
         }
         named = f"{environment.job()}/{connection}".encode()
-        token = hmac.new(bootstrap.job_secret(self._timeout), named, "sha256").hexdigest()
+        token = hmac.new(secret, named, "sha256").hexdigest()
         members: dict[int, Member] = {}
         chosen: list[nics.Chosen] = []
         try:
@@ -246,8 +265,7 @@ class Membership:
                 members[device.id].connect(
                     [endpoints[peers[rank]] if rank in peers else b"" for rank in range(self._num_ranks)]
                 )
-            boot.barrier("connected")
-            boot.forget("hello", "endpoints")
+            boot.finish()
             for member in members.values():
                 member.publish()
         except BaseException:
@@ -257,15 +275,6 @@ class Membership:
         self._slices = [slice_index for slice_index, _ in local.values()]
         self._nics = chosen
         return members
-
-    def _next_connection(self, processes: tuple[int, ...]) -> str:
-        """A name that this connection among ``processes`` has on all of them, and no other ever."""
-        with _lock:
-            generation = _generations[self._group_id, processes] = (
-                _generations.get((self._group_id, processes), -1) + 1
-            )
-        members = hashlib.blake2b(repr(processes).encode(), digest_size=4).hexdigest()
-        return f"{self._group_id:x}/{members}/{generation}"
 
     def _ranks(self, mesh: Mesh) -> dict[Any, tuple[int, int]]:
         """Device -> (slice, rank): a slice for each position along the mesh's other axes."""
@@ -279,12 +288,11 @@ class Membership:
         shape = self._config.shape(0, self._num_ranks, self._experts_per_rank)
         return min(int(gpu.require().most_blocks(gpu.ordinal(device), shape)) for device in devices)
 
-    def _meet(self, boot: bootstrap.Bootstrap, on_gpus: bool, most_sms: int) -> _Meeting:
+    def _meet(self, boot: bootstrap.Bootstrap, on_gpus: bool, most_sms: int, secret: bytes) -> _Meeting:
         """What all processes agree on."""
         fabric, source = self._fabric, "fabric="
         if fabric.name == "auto" and (wanted := environment.fabric()) is not None:
             fabric, source = wanted, "PPLX_FABRIC="
-        alone = len(boot.processes) == 1
         # How a fabric was asked for is for people: only what was asked for has to agree.
         hello = {
             "host": bootstrap.host_identity(),
@@ -293,7 +301,7 @@ class Membership:
             "asked": f"{source}{fabric}",
             "gpu": str(self._gpu_options) if on_gpus else "",
             "most_sms": str(most_sms),
-            "job": _job_label(),
+            "job": _job_label(secret),
         }
         everybody = cast("dict[int, dict[str, str]]", boot.exchange_json("hello", hello))
         for process, other in everybody.items():
@@ -310,14 +318,14 @@ class Membership:
                         f"{other['host'].split('/')[0]} ({other[shown]}): give every rank the same arguments "
                         "and environment"
                     )
-        if fabric.in_process and not alone:
+        if fabric.in_process and not boot.alone:
             raise ValueError(
                 f"{source}{fabric}: '{fabric.name}' reaches only ranks of one process; use 'shm' or 'tcp'"
             )
         hosts = {process: other["host"] for process, other in everybody.items()}
         one_host = len(set(hosts.values())) == 1
         if fabric.name == "auto":
-            fabric = Fabric("local" if alone else "shm" if one_host else "tcp", fabric.endpoints)
+            fabric = Fabric("local" if boot.alone else "shm" if one_host else "tcp", fabric.endpoints)
         address = environment.socket_address()
         if address is None:
             address = "127.0.0.1" if one_host else bootstrap.address_towards(compat.coordinator_address())
@@ -497,12 +505,14 @@ def _close_together(members: dict[int, Member]) -> list[threading.Thread]:
     return threads
 
 
-def _job_label() -> str:
-    """PPLX_JOB for others to compare; the token itself is not their business."""
+def _job_label(secret: bytes) -> str:
+    """PPLX_JOB for others to compare. The token is not their business; the hash is keyed, so that who reads a
+    log cannot guess it either."""
     token = environment.job()
     if not token:
         return "PPLX_JOB unset"
-    return f"PPLX_JOB with the hash {hashlib.blake2b(token.encode(), digest_size=6).hexdigest()}"
+    hashed = hashlib.blake2b(token.encode(), digest_size=6, key=secret).hexdigest()
+    return f"PPLX_JOB with the hash {hashed}"
 
 
 def _on_gpus(mesh: Mesh) -> bool:

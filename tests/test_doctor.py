@@ -17,6 +17,8 @@ from pplx_jax.errors import PplxError
 
 pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).resolve().parent.parent
+#: Of a job: reports go to others.
+TOKEN = "kept to ourselves"
 
 
 def run(*arguments, **variables):
@@ -31,8 +33,10 @@ def run(*arguments, **variables):
 
 
 def test_json():
-    done = run("--json")
+    done = run("--json", PPLX_JOB=TOKEN)
     report = json.loads(done.stdout)
+    assert report["environment"]["PPLX_JOB"] == "set"
+    assert TOKEN not in done.stdout + done.stderr
     assert done.returncode == 0, report["problems"]
     assert report["versions"]["jax"]
     assert report["libraries"]["libfabric"]["path"].startswith("/")
@@ -45,8 +49,10 @@ def test_json():
 
 
 def test_tables_do_not_touch_jax_devices():
-    done = run(JAX_PLATFORMS="no such platform")
+    done = run(JAX_PLATFORMS="no such platform", PPLX_JOB=TOKEN)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "PPLX_JOB=set" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
     for word in ("libfabric", "Fabrics", "lo", "127.0.0.1", "memlock", "/dev/shm", "Cores", "GPUs"):
         assert word in done.stdout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from engine_fixtures import NETWORKS, make
 from jax.sharding import Mesh
 
 import pplx_jax
-from pplx_jax import bootstrap
+from pplx_jax import bootstrap, membership
 from pplx_jax.errors import MismatchError, PeerError
 
 pytestmark = pytest.mark.smoke
@@ -54,6 +55,14 @@ def test_processes_of_different_jobs_make_no_group(monkeypatch):
     assert "process 0" in text
     assert "process 1 on elsewhere (PPLX_JOB with the hash 123456)" in text
     assert "one" not in re.findall(r"\w+", text.partition(":")[0]), "the token is not told"
+
+
+def test_hashes_that_errors_show_cannot_be_looked_up(monkeypatch):
+    """A short token could be found by hashing all of them."""
+    monkeypatch.setenv("PPLX_JOB", "42")
+    labels = [membership._job_label(secret) for secret in (b"a" * 32, b"a" * 32, b"b" * 32)]
+    assert labels[0] == labels[1] != labels[2]
+    assert hashlib.blake2b(b"42", digest_size=6).hexdigest() not in "".join(labels)
 
 
 def test_bad_tokens():

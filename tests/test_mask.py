@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from moe_oracle import Case, make_mesh, same_bits, sharded
 from test_multiprocess import error_of, on_mesh
 
+import pplx_jax
 from pplx_jax import ExpertParallel, errors
 
 pytestmark = pytest.mark.multiprocess
@@ -39,8 +42,27 @@ def remaining(case, masked, experts_map):
     return len(before), some | whole, whole, by_share, before - after
 
 
-def decode(experts_map, deaths):
-    """Steps during which ranks die, one after the other; what the others see. ``deaths``: ranks by step."""
+def documented():
+    """``decode`` of docs/reliability.md, as it is written there."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "reliability.md").read_text()
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "ep.mask(" in block]
+    scope = {"jax": jax, "pplx_jax": pplx_jax}
+    exec(lines, scope)
+    return scope["decode"]
+
+
+def limit():
+    """Seconds from an error to the first right step, on a machine that is not too busy; never a timeout."""
+    return 1.0 if os.getloadavg()[0] < 2 * len(os.sched_getaffinity(0)) else 2.0
+
+
+def decode(experts_map, deaths, idle):
+    """Steps during which ranks die, one after the other; what the others see.
+
+    Args:
+      deaths: ranks by step.
+      idle: steps before which the others have noticed, as in a server that nobody asks anything.
+    """
     rank, size = jax.process_index(), jax.process_count()
     ep = ExpertParallel(
         make_mesh(size), name="decode", timeout=3.0, stall_timeout=60, expert_map=experts_map, **SMALL
@@ -52,28 +74,41 @@ def decode(experts_map, deaths):
         return ep.combine(2 * batch.tokens, route)
 
     step = jax.jit(jax.shard_map(step_of, mesh=ep.mesh, in_specs=P("ep"), out_specs=P("ep")))
-    report = {"masks": [], "stats": []}
+    report = {"masks": [], "stats": [], "raised": []}
     number = 0
+    masking = []
+    plain_mask, go_on = ep.mask, documented()
+
+    def mask(ranks):
+        masking.append((ranks, time.monotonic()))
+        plain_mask(ranks)
+        masking.append(time.monotonic())
+
+    def seen(*args):
+        try:
+            return jax.block_until_ready(step(*args))
+        except (jax.errors.JaxRuntimeError, ValueError):
+            report["raised"].append(number)
+            raise
+
+    ep.mask = mask  # type: ignore[method-assign]
     while number < 3 * (len(deaths) + 1):
         case = Case(ep, 8, number)
         case.scale = np.full_like(case.scale, 2)
         args = [on_mesh(ep, a) for a in case.args[:3]]
         if number in deaths and rank == deaths[number]:
             os.kill(os.getpid(), signal.SIGKILL)
-        out = jax.block_until_ready(step(*args))
+        if number in idle:
+            deadline = time.monotonic() + 20
+            while not any(member.failure() for member in ep._membership._members.values()):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
         died = None
-        try:
-            ep.check()
-        except errors.PplxError as error:
-            died = error.rank
-        if died is not None:
-            began = time.monotonic()
-            ep.mask([died])
-            masked = time.monotonic() - began
-            again = jax.block_until_ready(step(*args))
-            report["masks"].append((died, ep.masked, masked, time.monotonic() - began))
-            out = again
-            ep.check()
+        out = go_on(ep, seen, *args)
+        if masking:
+            ((died,), began), connected = masking
+            report["masks"].append((died, ep.masked, connected - began, time.monotonic() - began))
+            masking.clear()
         if (number in deaths) != (died is not None):
             raise AssertionError(f"step {number}: rank {died} has died")
         counted = remaining(case, ep.masked, experts_map)
@@ -104,38 +139,42 @@ def _run(ep, function):
     return jax.shard_map(function, mesh=ep.mesh, in_specs=P("ep"), out_specs=P("ep"))
 
 
-def check_reports(reports, deaths):
-    best = []
+def check_reports(reports, deaths, idle):
+    seconds = []
     for report in (one for one in reports if one is not None):
         assert [died for died, *_ in report["masks"]] == list(deaths.values())
         assert [list(masked) for _, masked, *_ in report["masks"]] == [
             sorted(list(deaths.values())[: n + 1]) for n in range(len(deaths))
         ]
+        assert set(report["raised"]) == idle, "jit raises in the step after a death, and only there"
         assert report["compiled"] == 1
         kind, text = report["gradient"]
         assert kind in ("JaxRuntimeError", "ValueError")
         assert "masked ranks" in text
         assert sum(stats["tokens"] for stats in report["stats"]) > 0
-        best.append([whole for *_, whole in report["masks"]])
-    return np.array(best)
+        seconds.append([whole for *_, whole in report["masks"]])
+    return np.array(seconds)
 
 
 @pytest.mark.parametrize(
-    "experts_map", [[[0, 1], [2, 3], [4, 5], [6, 7]], REPLICAS], ids=["plain", "replicas"]
+    ("experts_map", "idle"),
+    [([[0, 1], [2, 3], [4, 5], [6, 7]], {5}), (REPLICAS, {2})],
+    ids=["plain", "replicas"],
 )
-def test_decoding_goes_on_without_the_dead(experts_map):
+def test_decoding_goes_on_without_the_dead(experts_map, idle, record_property):
     from pplx_jax.testing import HostPool
 
     deaths = {2: 3, 5: 1}
     # As a deployment has to, for JAX to live with dead processes.
     with HostPool(4, timeout=120, env={"JAX_ENABLE_RECOVERABILITY": "1"}) as pool:
         expected = dict.fromkeys(deaths.values(), signal.SIGKILL)
-        reports = pool.run(decode, experts_map, deaths, expect_death=expected)
+        reports = pool.run(decode, experts_map, deaths, idle, expect_death=expected)
         pool.close(graceful=False)
     assert [report is None for report in reports] == [rank in expected for rank in range(4)]
-    seconds = check_reports(reports, deaths)
-    # From the error to the first right step: the better of two, as this machine may be busy.
-    assert seconds.max(axis=0).min() < 1.0, seconds
+    seconds = check_reports(reports, deaths, idle)
+    print(f"from the error to the first right step, by survivor and death: {seconds.round(3).tolist()} s")
+    record_property("seconds", seconds.tolist())
+    assert seconds.max() < limit(), seconds  # of every death
 
 
 def unplugged(key):
@@ -174,7 +213,7 @@ def masks_the_unplugged(key):
     return died, seconds
 
 
-def test_a_host_without_its_cable_is_masked(hosts):
+def test_a_host_without_its_cable_is_masked(hosts, record_property):
     pool = hosts.pool(3)
     if not pool.network.isolated:
         pytest.skip(pool.network.why)
@@ -182,7 +221,9 @@ def test_a_host_without_its_cable_is_masked(hosts):
     with pool.network.unplugged(2):
         (first, took), (second, other), _ = pool.run(masks_the_unplugged, "cable")
     assert first == second == 2
-    assert max(took, other) < 2.0  # its connections' last writes are waited for half a second
+    print(f"from the error to the first right step, without a cable: {took:.3f} and {other:.3f} s")
+    record_property("seconds", [took, other])
+    assert max(took, other) < limit()
 
 
 def refusals():
@@ -231,6 +272,26 @@ def test_ranks_that_mask_others_say_so(processes):
         if rank in (0, 1):
             assert kind == "TimeoutError"
             assert f"ranks [{2 + rank}] are masked here" in text
+
+
+def takes_a_name():
+    if jax.process_index() == 1:
+        return []
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("ep",))
+    with ExpertParallel(mesh, name="taken", **SMALL) as ep:
+        ep.connect()
+        other = ExpertParallel(make_mesh(jax.device_count()), name="taken", timeout=1.5, **SMALL)
+        answers = [error_of(lambda: other.mask([1]))[:2], error_of(other.connect)[:2]]
+        ep.check()
+    return [*answers, other.masked]
+
+
+def test_masking_takes_no_other_groups_name(processes):
+    (by_mask, by_connect, masked), _ = processes.run(takes_a_name, 2)
+    assert by_mask == by_connect
+    assert by_mask[0] == "ValueError"
+    assert "a group named 'taken' is already connected" in by_mask[1]
+    assert masked == ()
 
 
 def test_one_process_has_nobody_to_mask():
