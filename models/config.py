@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pplx_jax.models.errors import ModelError
-from pplx_jax.models.rope import Rope
+from pplx_jax.models.rope import Rope, number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class DecoderConfig:
       num_experts_per_tok: K.
       num_shared_experts: experts that every token passes.
       rms_norm_eps: of the norms on the residual stream.
-      max_position_embeddings: longest context, tokens.
+      max_position_embeddings: longest context, tokens; where YaRN stretches it, the stretched one.
       rope: rotary positions.
       tie_word_embeddings: whether the head is the embedding's transpose.
       eos_token_ids: tokens that end a text.
@@ -109,16 +109,31 @@ class DecoderConfig:
 
 
 def required(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """These fields of a config.json.
+    """These fields of a config.json, all ints.
 
     Raises:
-      ModelError: some are missing; names all of them.
+      ModelError: some are missing, and it names all of them; or one is no int.
     """
     names = tuple(names)
     missing = [name for name in names if config.get(name) is None]
     if missing:
         raise ModelError(f"config.json lacks {', '.join(missing)}: is it the checkpoint's own?")
+    for name in names:
+        if type(config[name]) is not int:
+            raise ModelError(f"config.json has {name}={config[name]!r}, which must be an int")
     return {name: config[name] for name in names}
+
+
+def end_tokens(value: Any, file: str = "config.json") -> tuple[int, ...]:
+    """``eos_token_id`` of a file: an int, several, or None.
+
+    Raises:
+      ModelError: it is something else.
+    """
+    several = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+    if not all(type(token) is int for token in several):
+        raise ModelError(f"{file} has eos_token_id={value!r}, which must be an int or a list of ints")
+    return tuple(several)
 
 
 def common(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,13 +151,17 @@ def common(config: Mapping[str, Any]) -> dict[str, Any]:
         config,
         ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     )
-    ends = config.get("eos_token_id")
+    rope = Rope.from_hf(config)
+    context = number(config, "max_position_embeddings", 4096)
+    if rope.yarn is not None:
+        # Cards say to add YaRN to config.json, and leave the context as it is.
+        context = max(context, rope.yarn.factor * rope.yarn.original_max_position_embeddings)
     return {
         **sizes,
         "num_experts_per_tok": required(config, ["num_experts_per_tok"])["num_experts_per_tok"],
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "max_position_embeddings": int(config.get("max_position_embeddings", 4096)),
-        "rope": Rope.from_hf(config),
+        "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "max_position_embeddings": int(context),
+        "rope": rope,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "eos_token_ids": () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
+        "eos_token_ids": end_tokens(config.get("eos_token_id")),
     }

@@ -77,6 +77,23 @@ def check_tokens(config: DecoderConfig, tokens: Any, length: int) -> None:
         )
 
 
+def check_range(config: DecoderConfig, tokens: Any) -> None:
+    """Whether tokens are of a model's vocabulary; of an array over several processes, this one's part.
+
+    Raises:
+      ModelError: some aren't.
+    """
+    parts = [tokens]
+    if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+        parts = [shard.data for shard in tokens.addressable_shards]
+    for part in map(np.asarray, parts):
+        if part.size and (part.min() < 0 or part.max() >= config.vocab_size):
+            raise ModelError(
+                f"tokens must be from 0 to {config.vocab_size - 1}, got {part.min()} to {part.max()}: "
+                f"do they come from this model's tokenizer?"
+            )
+
+
 class Block(nnx.Module):  # type: ignore[misc]
     """Attention, then an MLP or experts, each on the normalised residual stream.
 
@@ -138,8 +155,10 @@ class Block(nnx.Module):  # type: ignore[misc]
 class Decoder(nnx.Module):  # type: ignore[misc]
     """A causal language model with MoE layers.
 
-    Called with concrete tokens it runs compiled, on its mesh; called under ``jax.jit`` or ``nnx.jit`` it is
-    part of that program. Processes of a mesh call it alike, each with all tokens.
+    Called with concrete tokens it runs compiled, on its mesh, and is done when it returns; called under
+    ``jax.jit`` or ``nnx.jit`` it is part of that program, which checks neither that tokens are of the
+    vocabulary nor that exchanges went well: ``model.placement.check()`` says the latter once it has run.
+    Processes of a mesh call it alike, each with all tokens.
 
     Args:
       config: sizes.
@@ -190,7 +209,9 @@ class Decoder(nnx.Module):  # type: ignore[misc]
           float32 [B, S, V]: logits[:, i] for the token after tokens[:, i].
 
         Raises:
-          ModelError: tokens have another shape or dtype, or are more than the model's context.
+          ModelError: tokens have another shape or dtype, aren't of the vocabulary, or are more than the
+            model's context.
+          PplxError: an exchange failed, see `pplx_jax.ExpertParallel.check`.
         """
         if isinstance(tokens, jax.core.Tracer):
             check_tokens(self.config, tokens, tokens.shape[1] if tokens.ndim == 2 else 0)

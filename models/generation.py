@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,11 @@ import numpy as np
 from flax import nnx
 
 from pplx_jax.models.config import DecoderConfig
-from pplx_jax.models.decoder import Decoder, LayerReport, check_tokens
+from pplx_jax.models.decoder import Decoder, LayerReport, check_range, check_tokens
 from pplx_jax.models.errors import ModelError
 from pplx_jax.models.programs import Programs
-
-#: Tokens of a prompt that go through the model at once.
-PREFILL_CHUNK = 512
+from pplx_jax.models.sharding import Placement
+from pplx_jax.models.sizes import prefill_chunk as default_chunk
 
 
 @dataclasses.dataclass
@@ -29,19 +28,71 @@ class Progress:
       prompt_tokens, new_tokens: of each sequence.
       prefill_seconds: until the first new token.
       decode_seconds: since then.
-      reports: of the last step's exchanges, a `LayerReport` for each MoE layer, if they were asked for.
     """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    reports: list[LayerReport] = dataclasses.field(default_factory=list)
 
 
-def _check(name: str, value: Any, kinds: tuple[type, ...], good: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kinds) or not good:
+def _check(name: str, value: Any, kinds: tuple[type, ...], good: Callable[[Any], bool], allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not good(value):
         raise ModelError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_options(
+    *,
+    max_new_tokens: int = 0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    prefill_chunk: int | None = None,
+) -> None:
+    """Whether these are options of `generate`; they need no model.
+
+    Raises:
+      ModelError: one has a wrong type or range; says which are allowed.
+    """
+    integer, number = (int, np.integer), (int, float, np.integer, np.floating)
+    _check("max_new_tokens", max_new_tokens, integer, lambda n: n >= 0, "an int of at least 0")
+    _check("temperature", temperature, number, lambda t: 0 <= t < float("inf"), "a number of at least 0")
+    _check("top_p", top_p, number, lambda p: 0 < p <= 1, "above 0 and at most 1")
+    _check("seed", seed, integer, lambda s: -(2**63) <= s < 2**63, "an int of at most 64 bits")
+    if prefill_chunk is not None:
+        _check("prefill_chunk", prefill_chunk, integer, lambda n: n >= 1, "an int of at least 1")
+
+
+def chunk_and_cache(
+    config: DecoderConfig,
+    placement: Placement,
+    batch: int,
+    prompt: int,
+    length: int,
+    prefill_chunk: int | None,
+) -> tuple[int, int]:
+    """Tokens of a prompt that go through the model at once, and the positions of its caches.
+
+    A shorter prompt is padded to a power of two, so that prompts of many lengths share few programs; the
+    cache's length doesn't depend on the prompt's at all, and has room for every chunk's padding.
+
+    Args:
+      config, placement: the model's.
+      batch: B.
+      prompt: S.
+      length: positions that are needed, S and those to come.
+      prefill_chunk: most tokens at once; None: what `pplx_jax.models.sizes.prefill_chunk` says.
+    """
+    local = batch // placement.size("dp", "ep") if placement.batch(batch) is not None else batch
+    most = prefill_chunk or default_chunk(config, local, length, tp=placement.size("tp"))
+    most = min(most, placement.longest(batch) or most)
+    largest = min(most, _power_of_two(length))
+    return min(most, _power_of_two(prompt)), -(-length // largest) * largest
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest one that isn't less."""
+    return 1 << (count - 1).bit_length()
 
 
 def check_prompt(config: DecoderConfig, prompt: np.ndarray[Any, Any], max_new_tokens: int) -> None:
@@ -51,11 +102,7 @@ def check_prompt(config: DecoderConfig, prompt: np.ndarray[Any, Any], max_new_to
       ModelError: the prompt isn't tokens of its vocabulary, or they are too many; says what to do.
     """
     check_tokens(config, prompt, prompt.shape[1] + max_new_tokens if prompt.ndim == 2 else 0)
-    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-        raise ModelError(
-            f"tokens must be from 0 to {config.vocab_size - 1}, got {prompt.min()} to {prompt.max()}: "
-            f"do they come from this model's tokenizer?"
-        )
+    check_range(config, prompt)
 
 
 def stream(
@@ -68,29 +115,28 @@ def stream(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     cache_length: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     progress: Progress | None = None,
-    report: bool = False,
+    report: Callable[[list[LayerReport]], None] | None = None,
 ) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
     """The new tokens one after the other; arguments as in `generate`.
 
     Args:
       progress: is kept up to date.
-      report: whether ``progress.reports`` says what the layers' exchanges did.
+      report: is called after each program, one for every chunk of the prompt and every step, with what its
+        exchanges did: a `LayerReport` for each MoE layer.
 
     Yields:
       int32 [B], for each step.
     """
     prompt = np.asarray(tokens)
-    _check("max_new_tokens", max_new_tokens, (int, np.integer), True, "an int of at least 0")
-    _check("max_new_tokens", max_new_tokens, (int, np.integer), max_new_tokens >= 0, "an int of at least 0")
-    number = (int, float, np.floating)
-    _check("temperature", temperature, number, True, "a number of at least 0")
-    _check("temperature", temperature, number, 0 <= temperature < float("inf"), "a number of at least 0")
-    _check("top_p", top_p, number, True, "above 0 and at most 1")
-    _check("top_p", top_p, number, 0 < top_p <= 1, "above 0 and at most 1")
-    _check("prefill_chunk", prefill_chunk, (int,), True, "an int of at least 1")
-    _check("prefill_chunk", prefill_chunk, (int,), prefill_chunk >= 1, "an int of at least 1")
+    check_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        prefill_chunk=prefill_chunk,
+    )
     check_prompt(model.config, prompt, max_new_tokens)
     needed = prompt.shape[1] + max_new_tokens
     if cache_length is not None and cache_length < needed:
@@ -98,20 +144,27 @@ def stream(
             f"a prompt of {prompt.shape[1]} tokens and max_new_tokens={max_new_tokens} exceed "
             f"cache_length={cache_length}: make it at least {needed}, or shorten the prompt"
         )
-    most = model.placement.longest(prompt.shape[0])
-    if most == 0:
+    if model.placement.longest(prompt.shape[0]) == 0:
         raise ModelError(
             f"{prompt.shape[0]} sequences are more than the model was loaded for: give from_pretrained a "
             f"larger max_tokens, or take fewer at a time"
         )
+    chunk, length = chunk_and_cache(
+        model.config,
+        model.placement,
+        prompt.shape[0],
+        prompt.shape[1],
+        cache_length or needed,
+        prefill_chunk,
+    )
     return _stream(
         model,
         prompt.astype(np.int32),
         max_new_tokens,
         (temperature, top_p, seed),
         frozenset(stop_tokens),
-        cache_length or needed,
-        min(prefill_chunk, prompt.shape[1], most or prefill_chunk),
+        length,
+        chunk,
         progress or Progress(),
         report,
     )
@@ -126,30 +179,42 @@ def _stream(
     length: int,
     chunk: int,
     progress: Progress,
-    report: bool,
+    report: Callable[[list[LayerReport]], None] | None,
 ) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
     if not count:
         return
     programs, state = Programs.of(model), nnx.state(model)
     options = programs.sampling_options(*sampling)
     batch, size = prompt.shape
-    # The last chunk is padded, and its padding written too: a write past the end would move back.
-    chunks = -(-size // chunk)
-    caches = programs.caches(model, batch, max(length, chunks * chunk))
+    caches = programs.caches(model, batch, length)
+
+    def run(
+        tokens: np.ndarray[Any, Any], position: int, num_tokens: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int32]]:
+        nonlocal caches
+        chosen, caches, reports = programs.step(
+            state,
+            caches,
+            tokens,
+            position,
+            num_tokens=num_tokens,
+            options=options,
+            report=report is not None,
+        )
+        # Waits, too: programs queued without a pause can starve each other of threads on CPU.
+        token = np.asarray(chosen)
+        model.placement.check()
+        if report is not None:
+            report(reports)
+        return token
+
     began = time.monotonic()
-    chosen: jax.Array | None = None
     for start in range(0, size, chunk):
+        # The last chunk is padded, and its padding written too: a write past the end would move back.
         part = prompt[:, start : start + chunk]
         live = part.shape[1]
-        part = np.pad(part, ((0, 0), (0, chunk - live)))
-        chosen, caches, progress.reports = programs.step(
-            state, caches, part, start, num_tokens=live, options=options, report=report
-        )
-        # Programs queued without a pause can starve each other of threads on CPU.
-        jax.block_until_ready(chosen)
-    assert chosen is not None
+        token = run(np.pad(part, ((0, 0), (0, chunk - live))), start, live)
     done = np.zeros(batch, bool)
-    token = np.asarray(chosen)
     progress.prompt_tokens, progress.prefill_seconds = size, time.monotonic() - began
     began = time.monotonic()
     for position in range(size, size + count):
@@ -159,10 +224,7 @@ def _stream(
         done |= np.isin(token, list(stop))
         if done.all() or position + 1 == size + count:
             return
-        chosen, caches, progress.reports = programs.step(
-            state, caches, token[:, None], position, options=options, report=report
-        )
-        token = np.asarray(chosen)
+        token = run(token[:, None], position)
 
 
 def generate(
@@ -175,7 +237,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     cache_length: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> jax.Array:
     """Continues each sequence. Every process of the model's mesh calls it alike, and gets the same result.
 
@@ -185,17 +247,21 @@ def generate(
       max_new_tokens: how many to add, at least 0.
       temperature: divides the logits; 0 takes the likeliest token.
       top_p: only the likeliest tokens that make up this much of the probability are candidates; 1: all.
-      seed: of the sampling; the same seed gives the same tokens.
+      seed: of the sampling, of at most 64 bits; the same seed gives the same tokens.
       stop_tokens: end once every sequence has had one, such as ``model.config.eos_token_ids``.
-      cache_length: positions that caches have, at least S + max_new_tokens, which is the default. Programs
-        are compiled for it: keep it where prompts vary.
-      prefill_chunk: tokens of the prompt that go through the model at once.
+      cache_length: positions that caches have, at least S + max_new_tokens, which is the default; rounded up
+        to whole chunks. Programs are compiled for it: keep it where prompts vary, and only the powers of two
+        that prompts shorter than a chunk are padded to compile more.
+      prefill_chunk: most tokens of a prompt that go through the model at once. None: 512, or the power of two
+        whose attention scores, ``B * heads * prefill_chunk * cache_length`` float32 on a device, take at
+        most 1 GiB.
 
     Returns:
       int32 [B, N], the new tokens: N is max_new_tokens, or less where every sequence had a stop token.
 
     Raises:
       ModelError: an argument has a wrong type or range, or the prompt exceeds the context or the cache.
+      PplxError: an exchange failed, see `pplx_jax.ExpertParallel.check`.
     """
     steps = list(
         stream(

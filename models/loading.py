@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from pplx_jax.config import ExchangeConfig
 from pplx_jax.expert_parallel import ExpertParallel
 from pplx_jax.models.checkpoint import DTYPES, Checkpoint, read_json
-from pplx_jax.models.config import DecoderConfig
+from pplx_jax.models.config import DecoderConfig, end_tokens
 from pplx_jax.models.decoder import Decoder
 from pplx_jax.models.errors import CheckpointError, ModelError
 from pplx_jax.models.layers import FLOAT8
@@ -28,6 +29,9 @@ from pplx_jax.models.sources import Source, is_fused
 
 #: Tokens that a rank may bring to one call of an MoE layer; costs no memory until a call has as many.
 MAX_TOKENS = 8192
+
+# Most bytes of a tensor's rows that are converted at once, in float32.
+_WINDOW = 8 << 20
 
 _Index = tuple[slice, ...]
 
@@ -177,7 +181,8 @@ def from_arrays(
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[Family, DecoderConfig, dict[str, Any]]:
-    """Family, configuration and config.json of a checkpoint's folder.
+    """Family, configuration and config.json of a checkpoint's folder. Which tokens end a text is
+    generation_config.json's to say, where there is one that does.
 
     Raises:
       CheckpointError: there is no such folder or file.
@@ -189,6 +194,12 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Family, DecoderConfig, di
     raw = read_json(folder / "config.json")
     family = family_of(raw)
     config: DecoderConfig = family.from_hf(raw)
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        ends = read_json(generation).get("eos_token_id")
+        if ends is not None:
+            # Chat models end their turn with another token than config.json's.
+            config = dataclasses.replace(config, eos_token_ids=end_tokens(ends, generation.name))
     return family, config, raw
 
 
@@ -231,6 +242,23 @@ def from_pretrained(
         named = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
         dtype = named if named in ("float32", "float16", "bfloat16") else "bfloat16"
     placement = placement_of(config, mesh, dtype, block=block if keep else None, **options)
+    try:
+        return _load(folder, family, config, placement, block, progress)
+    except BaseException:
+        # Nobody else has the group to close it, and others would wait for this rank.
+        if placement.ep is not None:
+            placement.ep.close()
+        raise
+
+
+def _load(
+    folder: Path,
+    family: Family,
+    config: DecoderConfig,
+    placement: Placement,
+    block: tuple[int, int] | None,
+    progress: Callable[[LoadProgress], None] | None,
+) -> Decoder:
     graph, abstract = _abstract(family.model, config, placement)
     leaves = _paths(abstract)
     with Checkpoint(folder) as checkpoint:
@@ -275,7 +303,12 @@ def _check_tensors(
     checkpoint: Checkpoint, ignored: Any, sources: dict[str, Source], leaves: list[Any], block: Any
 ) -> None:
     """Raises CheckpointError unless the checkpoint holds what the model needs, and nothing else."""
-    problems: list[str] = []
+    # By what is wrong and with which tensor: several parameters may be made of one.
+    problems: dict[tuple[str, str], str] = {}
+
+    def note(what: str, name: str, text: str = "") -> None:
+        problems.setdefault((what, name), f"{what}: {name}{text}")
+
     wanted: set[str] = set()
     for path, _, leaf in leaves:
         source = sources[path]
@@ -284,32 +317,33 @@ def _check_tensors(
             wanted.add(name)
             info = checkpoint.tensors.get(name)
             if info is None:
-                problems.append(f"missing: {name} {list(shape)}")
+                note("missing", name, f" {list(shape)}")
                 continue
             if info.shape != shape:
-                problems.append(f"misshapen: {name} is {list(info.shape)}, the model needs {list(shape)}")
+                note("misshapen", name, f" is {list(info.shape)}, the model needs {list(shape)}")
             if info.dtype not in DTYPES:
-                problems.append(f"of unknown dtype: {name} is {info.dtype}, known are {', '.join(DTYPES)}")
+                note("of unknown dtype", name, f" is {info.dtype}, known are {', '.join(DTYPES)}")
             elif np.dtype(leaf.dtype) == FLOAT8 and info.dtype != "F8_E4M3":
-                problems.append(f"not float8: {name} is {info.dtype}; load with dtype=bfloat16")
+                note("not float8", name, f" is {info.dtype}; load with dtype=bfloat16")
             elif info.dtype == "F8_E4M3":
                 scale = name + SUFFIX
                 wanted.add(scale)
                 if block is None:
-                    problems.append(f"float8 without a weight_block_size in config.json: {name}")
-                elif scale not in checkpoint.tensors:
-                    problems.append(f"missing: {scale}, the scales of a float8 tensor")
-                else:
-                    blocks = scale_shape(shape, block)
-                    if checkpoint.tensors[scale].shape != blocks:
-                        have = list(checkpoint.tensors[scale].shape)
-                        problems.append(f"misshapen: {scale} is {have}, its tensor needs {list(blocks)}")
-    surplus = sorted(set(checkpoint.tensors) - wanted)
-    problems += [f"surplus: {name}" for name in surplus if not ignored.fullmatch(name)]
+                    note("float8 without a weight_block_size in config.json", name)
+                    continue
+                blocks = scale_shape(shape, block)
+                found = checkpoint.tensors.get(scale)
+                if found is None:
+                    note("missing", scale, f" {list(blocks)}")
+                elif found.shape != blocks:
+                    note("misshapen", scale, f" is {list(found.shape)}, the model needs {list(blocks)}")
+    for name in sorted(set(checkpoint.tensors) - wanted):
+        if not ignored.fullmatch(name):
+            note("surplus", name)
     if problems:
         raise CheckpointError(
             f"{checkpoint.folder} doesn't hold the model that its config.json describes; "
-            f"{len(problems)} differences:\n  " + "\n  ".join(dict.fromkeys(problems))
+            f"{len(problems)} differences:\n  " + "\n  ".join(problems.values())
         )
 
 
@@ -342,38 +376,59 @@ class _Reader:
 
     def _read(self, spans: tuple[tuple[int, int], ...]) -> np.ndarray[Any, Any]:
         source = self.source
-        if not source.stacked:
-            return self._tensor(source.names[0], spans)
         out = np.empty([stop - start for start, stop in spans], self.dtype)
+        if not source.stacked:
+            self._tensor(out, source.names[0], spans)
+            return out
         for row, number in enumerate(range(*spans[0])):
             if source.fused is None:
-                out[row] = self._tensor(source.names[number], spans[1:])
+                self._tensor(out[row], source.names[number], spans[1:])
             else:
-                out[row] = self._tensor(source.names[0], spans[1:], expert=number)
+                self._tensor(out[row], source.names[0], spans[1:], expert=number)
         return out
 
     def _tensor(
-        self, name: str, spans: tuple[tuple[int, int], ...], expert: int | None = None
-    ) -> np.ndarray[Any, Any]:
-        """A part of a tensor, or of one expert's matrix in a fused one."""
+        self,
+        out: np.ndarray[Any, Any],
+        name: str,
+        spans: tuple[tuple[int, int], ...],
+        expert: int | None = None,
+    ) -> None:
+        """Into ``out``: a part of a tensor, or of one expert's matrix in a fused one.
+
+        A window of its rows at a time: converting and turning the whole takes several times its memory.
+        """
         if self.source.transposed:
-            spans = spans[::-1]
+            out, spans = out.T, spans[::-1]
         if self.source.fused is not None:
             part, parts = self.source.fused
             first = part * (self.checkpoint.tensors[name].shape[1] // parts)
             spans = ((spans[0][0] + first, spans[0][1] + first), *spans[1:])
+        (begin, end), others = spans[0], spans[1:]
+        # float8 is converted by way of float32; a block's scales are read once.
+        rows = max(1, _WINDOW // (4 * max(1, math.prod(stop - start for start, stop in others))))
+        if self.block is not None:
+            rows = -(-rows // self.block[0]) * self.block[0]
+        start = begin
+        while start < end:
+            stop = min(end, (start // rows + 1) * rows)
+            out[start - begin : stop - begin] = self._values(name, ((start, stop), *others), expert)
+            start = stop
+
+    def _values(
+        self, name: str, spans: tuple[tuple[int, int], ...], expert: int | None
+    ) -> np.ndarray[Any, Any]:
+        """Such a part as it is stored, or in float32 where float8 isn't kept."""
         values = self._matrix(name, tuple(slice(*span) for span in spans), expert)
-        if values.dtype == FLOAT8 and self.dtype != FLOAT8:
-            assert self.block is not None
-            blocks = tuple(
-                slice(start // size, -(-stop // size))
-                for (start, stop), size in zip(spans, self.block, strict=True)
-            )
-            scales = self._matrix(name + SUFFIX, blocks, expert)
-            start = (spans[0][0], spans[1][0])
-            values = dequantize_part(values, scales, start, self.block)
-        values = values.astype(self.dtype, copy=False)
-        return np.ascontiguousarray(values.T) if self.source.transposed else values
+        if values.dtype != FLOAT8 or self.dtype == FLOAT8:
+            return values
+        assert self.block is not None
+        blocks = tuple(
+            slice(start // size, -(-stop // size))
+            for (start, stop), size in zip(spans, self.block, strict=True)
+        )
+        scales = self._matrix(name + SUFFIX, blocks, expert)
+        return dequantize_part(values, scales, (spans[0][0], spans[1][0]), self.block)
 
     def _matrix(self, name: str, index: _Index, expert: int | None) -> np.ndarray[Any, Any]:
         if expert is None:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from pplx_jax.models.cache import LayerCache
-from pplx_jax.models.decoder import Decoder, LayerReport, check_tokens
+from pplx_jax.models.decoder import Decoder, LayerReport, check_range, check_tokens
 from pplx_jax.models.errors import ModelError
 from pplx_jax.models.sampling import sample
 
@@ -84,10 +84,11 @@ class Programs:
         return jax.make_array_from_callback(array.shape, self._replicated, lambda index: array[index])
 
     def forward(self, model: Decoder, tokens: Any) -> jax.Array:
-        """Logits float32 [B, S, V] of tokens [B, S], on every device."""
+        """Logits float32 [B, S, V] of tokens [B, S], on every device; done where experts are spread."""
         if not isinstance(tokens, jax.Array):
             tokens = np.asarray(tokens)
         check_tokens(model.config, tokens, tokens.shape[1] if tokens.ndim == 2 else 0)
+        check_range(model.config, tokens)
         most = self.placement.longest(tokens.shape[0])
         if most is not None and self.placement.ep is not None and tokens.shape[1] > most:
             needed = -(-tokens.size // self.placement.size("dp", "ep"))
@@ -97,6 +98,9 @@ class Programs:
                 f"from_pretrained max_tokens={needed}, or use generate, which goes in chunks"
             )
         logits: jax.Array = self._forward(nnx.state(model), self.place(tokens))
+        if self.placement.ep is not None:
+            jax.block_until_ready(logits)
+            self.placement.check()
         return logits
 
     def caches(self, model: Decoder, batch: int, length: int) -> list[LayerCache]:

@@ -57,19 +57,23 @@ FAMILIES: Mapping[str, Family] = {
 #: Configurations of published checkpoints.
 PUBLISHED: Mapping[str, Callable[[], DecoderConfig]] = {
     "deepseek-v3": DeepSeekConfig.deepseek_v3,
+    "deepseek-v3.1": DeepSeekConfig.deepseek_v3_1,
     "deepseek-r1": DeepSeekConfig.deepseek_r1,
     "kimi-k2": DeepSeekConfig.kimi_k2,
     "kimi-k2-0905": DeepSeekConfig.kimi_k2_0905,
     "qwen3-30b-a3b": Qwen3MoeConfig.qwen3_30b_a3b,
+    "qwen3-30b-a3b-2507": Qwen3MoeConfig.qwen3_30b_a3b_2507,
     "qwen3-235b-a22b": Qwen3MoeConfig.qwen3_235b_a22b,
+    "qwen3-235b-a22b-2507": Qwen3MoeConfig.qwen3_235b_a22b_2507,
     "qwen3-coder-480b-a35b": Qwen3MoeConfig.qwen3_coder_480b_a35b,
     "mixtral-8x7b": MixtralConfig.mixtral_8x7b,
     "mixtral-8x22b": MixtralConfig.mixtral_8x22b,
+    "mixtral-8x22b-instruct": MixtralConfig.mixtral_8x22b_instruct,
 }
 
 
 #: Those of them whose weights are float8 in blocks of 128 x 128.
-PUBLISHED_FLOAT8 = frozenset({"deepseek-v3", "deepseek-r1", "kimi-k2", "kimi-k2-0905"})
+PUBLISHED_FLOAT8 = frozenset({"deepseek-v3", "deepseek-v3.1", "deepseek-r1", "kimi-k2", "kimi-k2-0905"})
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

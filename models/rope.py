@@ -42,6 +42,20 @@ class Yarn:
     truncate: bool = True
 
 
+def number(fields: Mapping[str, Any], name: str, default: float) -> float:
+    """A number of a config.json; null is as good as none.
+
+    Raises:
+      ModelError: it is something else.
+    """
+    value = fields.get(name)
+    if value is None:
+        return float(default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ModelError(f"config.json has {name}={value!r}, which must be a number")
+    return float(value)
+
+
 def magnitude(factor: float, mscale: float = 1.0) -> float:
     """YaRN's 0.1 * mscale * ln(factor) + 1; 1 where the context isn't longer."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
@@ -67,10 +81,10 @@ class Rope:
           ModelError: a kind of scaling that isn't known here, or a value of it is missing.
         """
         fields: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = fields.get("rope_theta", config.get("rope_theta", 10_000.0))
+        theta = number(fields, "rope_theta", number(config, "rope_theta", 10_000.0))
         kind = fields.get("rope_type", fields.get("type", "default"))
         if kind in ("default", None):
-            return cls(float(theta))
+            return cls(theta)
         if kind != "yarn":
             raise ModelError(f'rope_scaling has type {kind!r}; "yarn" and none are supported')
         known = {field.name for field in dataclasses.fields(Yarn)}
@@ -81,7 +95,9 @@ class Rope:
             raise ModelError(
                 f"rope_scaling of type yarn lacks {' and '.join(missing)}: see the checkpoint's card"
             )
-        return cls(float(theta), Yarn(**given))
+        for name in given.keys() - {"truncate"}:
+            number(given, name, 0.0)
+        return cls(theta, Yarn(**given))
 
     def frequencies(self, dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [dim / 2], radians a position."""

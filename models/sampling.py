@@ -25,8 +25,8 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
     probs = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    # The first is always a candidate, whatever rounding made of the sums.
-    allowed = (before < top_p).at[:, 0].set(True)
+    # Whatever rounding made of the sums, the first is always a candidate, and of 1 all are.
+    allowed = ((before < top_p) | (top_p >= 1)).at[:, 0].set(True)
     place = jax.random.categorical(key, jnp.where(allowed, ranked, -jnp.inf), axis=-1)
     chosen: jax.Array = jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0]
     return chosen.astype(jnp.int32)

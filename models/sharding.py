@@ -68,6 +68,18 @@ class Placement:
         # Tokens are split evenly over dp and ep, the last rank's padded.
         return self.ep.config.max_tokens * self.size("dp", "ep") // batch
 
+    def check(self) -> None:
+        """Raises what an exchange of a program failed with; call it once the program's results are there.
+
+        An execution does not always raise it itself: one whose data is wrong never does, nor does a recorded
+        one on GPUs. Their results are NaN, which the choice of a token would hide.
+
+        Raises:
+          PplxError: see `pplx_jax.ExpertParallel.check`.
+        """
+        if self.ep is not None:
+            self.ep.check()
+
     def metadata(self, *spec: Any) -> dict[str, Any]:
         """Of an `nnx.Param` that lies so."""
         if self.mesh is None or all(entry is None for entry in spec):

@@ -6,6 +6,11 @@ import dataclasses
 
 from pplx_jax.models.config import DecoderConfig
 
+#: Most tokens of a prompt that go through a model at once, unless told otherwise.
+PREFILL_CHUNK = 512
+#: Bytes of attention scores that these may make on a device, unless told otherwise.
+PREFILL_BYTES = 1 << 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
@@ -70,3 +75,22 @@ def parameters(config: DecoderConfig) -> Parameters:
     )
     met = counts.dense + counts.shared + counts.router + counts.attention + table
     return dataclasses.replace(counts, active=met + expert * config.num_experts_per_tok * moe)
+
+
+def score_bytes(config: DecoderConfig, batch: int, length: int, *, tp: int = 1) -> int:
+    """Bytes of the float32 scores [B, heads / tp, 1, L] that a layer makes for one query of each sequence.
+
+    Args:
+      config: sizes.
+      batch: B, sequences of a device.
+      length: L, positions of the cache; all of them have scores, whether they are filled or not.
+      tp: ranks that share the heads.
+    """
+    return batch * -(-config.num_attention_heads // tp) * length * 4
+
+
+def prefill_chunk(config: DecoderConfig, batch: int, length: int, *, tp: int = 1) -> int:
+    """The largest power of two, at most `PREFILL_CHUNK` and at least 1, of queries whose scores are at most
+    `PREFILL_BYTES`; arguments as in `score_bytes`."""
+    fitting = PREFILL_BYTES // score_bytes(config, batch, length, tp=tp)
+    return min(PREFILL_CHUNK, 1 << max(fitting.bit_length() - 1, 0))

@@ -38,9 +38,14 @@ class _Fast:
 
 class _Transformers:
     def __init__(self, folder: Path) -> None:
-        library: Any = importlib.import_module("transformers")
         try:
+            library: Any = importlib.import_module("transformers")
             self._tokenizer = library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:
+            raise ModelError(
+                f"transformers needs another package to read the tokenizer of {folder}: install it, or give "
+                f"tokens. It said: {' '.join(str(error).split())}"
+            ) from error
         except (ValueError, OSError) as error:
             raise ModelError(
                 f"transformers can't make a tokenizer of {folder} without running the checkpoint's own code, "
@@ -50,8 +55,34 @@ class _Transformers:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
 
+    def chat(self, text: str) -> list[int]:
+        """The tokens of a conversation that begins with this, up to where the answer starts."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ModelError("the checkpoint's tokenizer has no chat template: give the text as it is")
+        message = [{"role": "user", "content": text}]
+        try:
+            prompt = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template does: it is a program, if one in a sandbox
+            raise ModelError(
+                f"the checkpoint's chat template failed: {error!r}; give the whole text"
+            ) from error
+        return list(self._tokenizer.encode(prompt, add_special_tokens=False))
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def chat_tokens(folder: str | os.PathLike[str], text: str) -> list[int]:
+    """The tokens of a user's message in the checkpoint's chat template, up to where the answer starts.
+
+    Raises:
+      ModelError: ``transformers``, which reads templates, isn't installed, or the checkpoint has none.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ModelError(
+            "chat templates need transformers: `pip install transformers`, or give the whole text"
+        )
+    return _Transformers(Path(folder)).chat(text)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -78,26 +109,41 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 class TextStream:
     """Text as its tokens come in: what is known for certain so far.
 
+    What a token adds depends on those before it: many decoders drop the space in front of a text's first
+    word. So a short window of tokens is decoded, with and without the new ones, at the same cost however long
+    the text is.
+
     Args:
       tokenizer: that of the model.
+      prompt: tokens before the first one, which are not shown.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    # Tokens of the prompt that are decoded with the first new one.
+    _CONTEXT = 8
+    # Tokens that an incomplete character may keep back: UTF-8 needs 4, and what has more is garbage.
+    _HELD = 16
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0
+        self._window = list(prompt[-self._CONTEXT :])
+        self._shown = len(self._window)
 
     def add(self, token: int) -> str:
         """The text that this token adds; empty while a character is incomplete."""
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        if text.endswith("�"):
-            return ""
-        new, self._shown = text[self._shown :], len(text)
-        return new
+        self._window.append(token)
+        return self._new(complete=True)
 
     def end(self) -> str:
         """What is left."""
-        text = self._tokenizer.decode(self._tokens)
-        new, self._shown = text[self._shown :], len(text)
-        return new
+        return self._new(complete=False)
+
+    def _new(self, *, complete: bool) -> str:
+        text = self._tokenizer.decode(self._window)
+        before = self._tokenizer.decode(self._window[: self._shown])
+        held = len(self._window) - self._shown
+        if len(text) <= len(before) or (complete and text.endswith("�") and held < self._HELD):
+            return ""
+        # What was new is the context of what comes next.
+        self._window = self._window[self._shown :]
+        self._shown = len(self._window)
+        return text[len(before) :]

@@ -38,13 +38,18 @@ def generate(
     path: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     tokens: Annotated[str | None, typer.Option(help="The prompt as tokens, such as 1,15,7.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer the prompt, by the checkpoint's chat template.")
+    ] = False,
     mesh: Annotated[str, typer.Option(help="Axes among dp, ep and tp, such as ep=4,tp=2.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Candidates make up this much of the probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; the checkpoint's by default.")] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of the prompt at a time.")] = 512,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the prompt at a time; by default as memory allows.")
+    ] = None,
     fabric: Annotated[str, typer.Option(help="auto, tcp, shm, or another fabric.")] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Show what dispatch and combine did.")] = False,
     coordinator: Annotated[
@@ -62,6 +67,8 @@ def generate(
 
     if (prompt is None) == (tokens is None):
         raise typer.BadParameter("give either --prompt or --tokens")
+    if chat and prompt is None:
+        raise typer.BadParameter("--chat needs --prompt")
     job = None
     if coordinator is not None:
         if num_processes is None or process_id is None:
@@ -76,6 +83,7 @@ def generate(
         path=str(path),
         prompt=prompt,
         tokens=numbers,
+        chat=chat,
         mesh=axes,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -91,6 +99,10 @@ def generate(
     except RuntimeError as error:
         typer.echo(f"generate: {error}", err=True)
         status = 1
+    except BaseException:
+        implementation.leave(1)
+        raise
+    implementation.leave(status)
     raise typer.Exit(status)
 
 

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -51,6 +53,7 @@ class Options:
       path: folder of the checkpoint.
       prompt: the text to continue; or None, and ``tokens`` are given.
       tokens: the prompt as tokens.
+      chat: whether ``prompt`` is a message to answer, by the checkpoint's chat template.
       mesh: axes and their sizes, in order; empty: one device.
       max_new_tokens, temperature, top_p, seed, prefill_chunk: see `pplx_jax.models.generate`.
       dtype: see `pplx_jax.models.from_pretrained`; None: the checkpoint's.
@@ -61,12 +64,13 @@ class Options:
     path: str
     prompt: str | None = None
     tokens: tuple[int, ...] | None = None
+    chat: bool = False
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     dtype: str | None = None
     fabric: str = "auto"
     stats: bool = False
@@ -135,6 +139,20 @@ def run(options: Options, job: Job | None = None) -> int:
         if needed > 1 and not _has_devices(needed):
             return _spawn(options, needed)
     return _guarded(options, job)
+
+
+def leave(status: int) -> None:
+    """Ends this process at once if it failed as one of a job; otherwise does nothing.
+
+    JAX's exit handlers would wait minutes for processes that don't know yet; without them the coordinator
+    tells the others.
+    """
+    if status and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        if sys.exc_info()[1] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _has_devices(needed: int) -> bool:
@@ -236,19 +254,29 @@ def work(options: Options, job: Job | None) -> None:
     from jax.sharding import Mesh
 
     from pplx_jax.models import from_pretrained
-    from pplx_jax.models.generation import check_prompt
+    from pplx_jax.models.generation import check_options, check_prompt
     from pplx_jax.models.loading import read_config
-    from pplx_jax.models.tokenizer import TextStream, load_tokenizer
+    from pplx_jax.models.tokenizer import TextStream, chat_tokens, load_tokenizer
 
     first = jax.process_index() == 0
     console = Console(stderr=True, quiet=not first, highlight=False)
+    # Everything that can be wrong, before minutes of loading.
+    check_options(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        prefill_chunk=options.prefill_chunk,
+    )
     tokenizer = None
     if options.prompt is not None:
         tokenizer = load_tokenizer(options.path)
-        prompt = tokenizer.encode(options.prompt)
+        if options.chat:
+            prompt = chat_tokens(options.path, options.prompt)
+        else:
+            prompt = tokenizer.encode(options.prompt)
     else:
         prompt = list(options.tokens or ())
-    # Before minutes of loading.
     config = read_config(options.path)[1]
     check_prompt(config, np.asarray([prompt], np.int64), options.max_new_tokens)
     mesh = None
@@ -262,31 +290,30 @@ def work(options: Options, job: Job | None) -> None:
         raise RuntimeError(
             f"a job of {jax.process_count()} processes needs --mesh, such as ep={jax.device_count()}"
         )
-    if first and tokenizer is not None and options.prompt:
+    if first and tokenizer is not None and options.prompt and not options.chat:
         print(options.prompt, end="", flush=True)
     extra: dict[str, Any] = {}
     if mesh is not None:
         extra["exchange"] = {"fabric": options.fabric}
     with _LoadingBar(console) as bar:
         model = from_pretrained(options.path, mesh=mesh, dtype=options.dtype, progress=bar.update, **extra)
-    if model.placement.ep is not None:
-        model.placement.ep.connect()  # here errors have their types
-    stream = TextStream(tokenizer) if tokenizer is not None else None
+    stream = TextStream(tokenizer, prompt) if tokenizer is not None else None
 
     def show(token: int) -> None:
         if first:
             print(stream.add(token) if stream is not None else f"{token} ", end="", flush=True)
 
-    try:
+    ep = model.placement.ep
+    # As a context manager, it gives an execution's error its type.
+    with nullcontext() if ep is None else ep:
+        if ep is not None:
+            ep.connect()  # here errors have their types
         seen = _continue(model, np.asarray([prompt], np.int64), options, show)
         if first:
             print(stream.end() if stream is not None else "", flush=True)
         console.print(seen.summary())
         if options.stats:
             console.print(*seen.tables(model))
-    finally:
-        if model.placement.ep is not None:
-            model.placement.ep.close()
     if job is not None:
         jax.distributed.shutdown()
 
@@ -352,7 +379,7 @@ class _Seen:
         ranks = model.placement.size("ep")
         row = _row_bytes(model)
         layers = Table(
-            title=f"dispatch and combine, {self.steps} steps on {ranks} ranks", title_justify="left"
+            title=f"dispatch and combine, {self.steps} programs on {ranks} ranks", title_justify="left"
         )
         for name in (
             "layer",
@@ -363,6 +390,7 @@ class _Seen:
             "busiest expert",
             "busiest rank",
             "dropped",
+            "failed",
         ):
             layers.add_column(name, justify="right")
         moe = [layer for layer in range(model.config.num_hidden_layers) if model.config.is_moe(layer)]
@@ -379,6 +407,7 @@ class _Seen:
                 f"{loads.max() / max(loads.mean(), 1e-9):.1f} x mean",
                 f"{by_rank.max() / max(by_rank.mean(), 1e-9):.2f} x mean",
                 str(total["dropped"]),
+                str(total["failed"]),
             )
         found = [layers]
         if model.placement.ep is not None:
@@ -399,7 +428,11 @@ def _row_bytes(model: Decoder) -> tuple[int, ...]:
 
 
 def _peer_table(stats: dict[str, Any]) -> Table:
-    table = Table(title=f"messages over {stats['fabric']}, of this process's ranks", title_justify="left")
+    waits = any("longest_wait_seconds" in peer for own in stats["ranks"] for peer in own["peers"])
+    note = "waits for each peer" if waits else "no waits: on GPUs kernels wait, and nobody takes their time"
+    table = Table(
+        title=f"messages over {stats['fabric']}, of this process's ranks; {note}", title_justify="left"
+    )
     for name in ("local rank", "peer", "exchanges", "sent", "received", "mean wait", "longest wait"):
         table.add_column(name, justify="right")
     for number, own in enumerate(stats["ranks"]):
@@ -441,11 +474,9 @@ def _continue(model: Decoder, prompt: np.ndarray[Any, Any], options: Options, sh
         stop_tokens=model.config.eos_token_ids,
         prefill_chunk=options.prefill_chunk,
         progress=seen.progress,
-        report=options.stats,
+        report=seen.add if options.stats else None,
     )
     for token in steps:
-        if options.stats:
-            seen.add(seen.progress.reports)
         if int(token[0]) not in model.config.eos_token_ids:
             show(int(token[0]))
     return seen
@@ -462,7 +493,10 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    # A failed process doesn't wait for the others in JAX's exit handlers: whoever started it ends them.
-    os._exit(status) if status else sys.exit(0)
+    try:
+        status = main(sys.argv[1:])
+    except BaseException:
+        leave(1)
+        raise
+    leave(status)
+    sys.exit(status)

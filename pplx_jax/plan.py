@@ -21,7 +21,7 @@ from pplx_jax.models.errors import ModelError
 from pplx_jax.models.quantized import block_of
 from pplx_jax.models.registry import PUBLISHED, PUBLISHED_FLOAT8, family_of
 from pplx_jax.models.sharding import check_mesh
-from pplx_jax.models.sizes import Parameters, parameters
+from pplx_jax.models.sizes import Parameters, parameters, prefill_chunk, score_bytes
 
 _WEIGHT_BYTES = {"float8": 1.0, "bfloat16": 2.0}
 # A float32 scale for a block of 128 x 128.
@@ -83,17 +83,18 @@ class Cluster:
         return self.hosts * self.gpus // (self.tp * self.dp)
 
 
-def find_config(name: str) -> tuple[DecoderConfig, bool]:
-    """A configuration, and whether its checkpoint is float8.
+def find_config(name: str, weights: str | None = None) -> tuple[DecoderConfig, bool]:
+    """A configuration, and whether matrices are float8.
 
     Args:
       name: of a published checkpoint, such as "kimi-k2"; or the path of a config.json or of its folder.
+      weights: "float8" or "bfloat16", in place of what the checkpoint has; or None.
 
     Raises:
-      ModelError: there is no such thing.
+      ModelError: there is no such thing, or nobody says how weights that aren't supported are to be counted.
     """
     if name in PUBLISHED:
-        return PUBLISHED[name](), name in PUBLISHED_FLOAT8
+        return PUBLISHED[name](), name in PUBLISHED_FLOAT8 if weights is None else weights == "float8"
     from pplx_jax.models.checkpoint import read_json
 
     path = Path(name)
@@ -103,7 +104,13 @@ def find_config(name: str) -> tuple[DecoderConfig, bool]:
             f"{name!r} is neither a config.json nor a known model; known are {', '.join(sorted(PUBLISHED))}"
         )
     raw = read_json(path)
-    return family_of(raw).from_hf(raw), block_of(raw) is not None
+    config = family_of(raw).from_hf(raw)
+    if weights is not None:
+        return config, weights == "float8"
+    try:
+        return config, block_of(raw) is not None
+    except ModelError as error:
+        raise ModelError(f"{error}; to plan as if it were one, give --weights float8 or bfloat16") from error
 
 
 def distinct_ranks(experts: int, top_k: int, ranks: int) -> float:
@@ -127,6 +134,8 @@ class Plan:
       weights: bytes by part.
       scratch: bytes of a layer's experts in bfloat16, where they are kept in float8.
       cache: bytes of all sequences' caches.
+      prefill_chunk: tokens of each sequence's prompt that go through the model at once.
+      prefill: bytes of a layer's attention scores meanwhile, float32 and as weights in bfloat16.
       exchange: bytes by part.
       rows: distinct ranks of a token on average: ``all``; those on ``other_hosts``; on this host's
         ``other_gpus``.
@@ -142,6 +151,8 @@ class Plan:
     weights: dict[str, float]
     scratch: float
     cache: float
+    prefill_chunk: int
+    prefill: float
     exchange: dict[str, float]
     rows: dict[str, float]
     wire: dict[str, float]
@@ -151,7 +162,7 @@ class Plan:
     def total(self) -> float:
         """Bytes in all."""
         parts = (*self.weights.values(), *self.exchange.values())
-        return sum(parts) + self.scratch + self.cache
+        return sum(parts) + self.scratch + self.cache + self.prefill
 
     @property
     def fits(self) -> bool:
@@ -192,6 +203,8 @@ def make(config: DecoderConfig, cluster: Cluster, *, float8: bool) -> Plan:
     splits = math.gcd(tp, config.cache_splits)
     token = config.cache_elements * _ACTIVATION_BYTES * config.num_hidden_layers / splits
     cache = cluster.batch * cluster.context * token
+    chunk = prefill_chunk(config, cluster.batch, cluster.context, tp=tp)
+    scores = score_bytes(config, cluster.batch, cluster.context, tp=tp)
 
     exchange_config = ExchangeConfig(
         num_experts=config.num_experts,
@@ -214,6 +227,8 @@ def make(config: DecoderConfig, cluster: Cluster, *, float8: bool) -> Plan:
         weights=weights,
         scratch=scratch,
         cache=cache,
+        prefill_chunk=chunk,
+        prefill=chunk * scores * (4 + _ACTIVATION_BYTES) / 4,
         exchange=exchange,
         rows=rows,
         wire=wire,
@@ -291,11 +306,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tp": plan.cluster.tp,
         "dp": plan.cluster.dp,
         "experts_per_rank": plan.experts_per_rank,
+        "prefill_chunk": plan.prefill_chunk,
         "parameters": {"total": plan.counts.total, "active": plan.counts.active},
         "bytes": {
             "weights": plan.weights,
             "scratch": plan.scratch,
             "cache": plan.cache,
+            "prefill": plan.prefill,
             "exchange": plan.exchange,
             "total": plan.total,
         },
@@ -378,6 +395,7 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row("one layer's experts in bfloat16", f"{plan.scratch / 1e9:.2f}")
     context = f"{plan.cluster.batch} x {plan.cluster.context} tokens"
     table.add_row(f"cache: {context}", f"{plan.cache / 1e9:.2f}")
+    table.add_row(f"prefill: scores of {plan.prefill_chunk} tokens at a time", f"{plan.prefill / 1e9:.2f}")
     for part, size in plan.exchange.items():
         table.add_row(f"exchange: {part}", f"{size / 1e9:.2f}")
     table.add_section()
@@ -431,10 +449,10 @@ def run(name: str, cluster: Cluster, *, weights: str | None, json_output: bool) 
     Raises:
       ModelError: see `find_config` and `make`.
     """
-    config, published = find_config(name)
     if weights not in (None, *_WEIGHT_BYTES):
         raise ModelError(f"weights must be float8 or bfloat16, got {weights!r}")
-    plan = make(config, cluster, float8=published if weights is None else weights == "float8")
+    config, float8 = find_config(name, weights)
+    plan = make(config, cluster, float8=float8)
     if json_output:
         print(json.dumps(as_json(plan), indent=2))
     else:

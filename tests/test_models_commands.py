@@ -93,7 +93,7 @@ def test_generate_starts_processes(reference):
     out, err = ended(start(reference.folder, *arguments, COLUMNS="200"))
     # gloo talks on standard output.
     assert [int(token) for token in out.splitlines()[-1].split()] == expected(reference)
-    assert "dispatch and combine, 5 steps on 2 ranks" in err
+    assert "dispatch and combine, 5 programs on 2 ranks" in err
     # 10 tokens with two experts each: the prompt's six and four more.
     row = next(line for line in err.splitlines() if line.startswith("│") and "x mean" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]

@@ -92,6 +92,7 @@ def test_the_end_of_a_text(model):
     prompt = np.arange(8).reshape(2, 4)
     whole = np.asarray(models.generate(model, prompt, max_new_tokens=12, cache_length=20))
     progress = Progress()
+    reports = []
     steps = stream(
         model,
         prompt,
@@ -99,7 +100,7 @@ def test_the_end_of_a_text(model):
         cache_length=20,
         stop_tokens=(int(whole[0, 2]), int(whole[1, 4])),
         progress=progress,
-        report=True,
+        report=reports.append,
     )
     found = np.stack(list(steps), axis=1)
     # It goes on until the last sequence has had one of them.
@@ -107,7 +108,9 @@ def test_the_end_of_a_text(model):
     end = int(done.argmax(axis=1).max()) + 1
     np.testing.assert_array_equal(found, whole[:, :end])
     assert (progress.prompt_tokens, progress.new_tokens) == (4, end)
-    (report,) = progress.reports
+    # One for the prompt, one for each token after the first.
+    assert len(reports) == end
+    (report,) = reports[-1]
     # Two sequences, two experts a token; without ranks each token is one row.
     assert int(report.loads.sum()) == 4
     assert int(report.copies) == 2

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pplx_jax.models.config import DecoderConfig, RouterConfig, common, required
 from pplx_jax.models.errors import ModelError
-from pplx_jax.models.rope import Rope, Yarn
+from pplx_jax.models.rope import Rope, Yarn, number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class DeepSeekConfig(DecoderConfig):
             n_group=config.get("n_group") or 1,
             topk_group=config.get("topk_group") or 1,
             norm_topk_prob=bool(config.get("norm_topk_prob", True)),
-            routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
+            routed_scaling_factor=number(config, "routed_scaling_factor", 1.0),
             first_k_dense_replace=config.get("first_k_dense_replace", 0),
             rope_interleave=bool(config.get("rope_interleave", True)),
             num_nextn_predict_layers=config.get("num_nextn_predict_layers", 1),
@@ -115,6 +115,11 @@ class DeepSeekConfig(DecoderConfig):
     @classmethod
     def deepseek_r1(cls) -> DeepSeekConfig:
         """deepseek-ai/DeepSeek-R1: DeepSeek-V3's sizes."""
+        return cls.deepseek_v3()
+
+    @classmethod
+    def deepseek_v3_1(cls) -> DeepSeekConfig:
+        """deepseek-ai/DeepSeek-V3.1: DeepSeek-V3's sizes; its scales are powers of two, stored as float32."""
         return cls.deepseek_v3()
 
     @classmethod

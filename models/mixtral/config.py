@@ -66,6 +66,11 @@ class MixtralConfig(GroupedConfig):
             max_position_embeddings=65536,
         )
 
+    @classmethod
+    def mixtral_8x22b_instruct(cls) -> MixtralConfig:
+        """mistralai/Mixtral-8x22B-Instruct-v0.1: Mixtral-8x22B with tokens for calls of tools."""
+        return dataclasses.replace(cls.mixtral_8x22b(), vocab_size=32768)
+
     @property
     def router(self) -> RouterConfig:
         """Softmax scores, weights that sum to 1."""

@@ -80,6 +80,20 @@ class Qwen3MoeConfig(GroupedConfig):
         )
 
     @classmethod
+    def qwen3_30b_a3b_2507(cls) -> Qwen3MoeConfig:
+        """Qwen/Qwen3-30B-A3B-Instruct-2507 and -Thinking-2507: Qwen3-30B-A3B with a longer context."""
+        return dataclasses.replace(
+            cls.qwen3_30b_a3b(), max_position_embeddings=262144, rope=Rope(10_000_000.0)
+        )
+
+    @classmethod
+    def qwen3_235b_a22b_2507(cls) -> Qwen3MoeConfig:
+        """Qwen/Qwen3-235B-A22B-Instruct-2507 and -Thinking-2507: Qwen3-235B-A22B with a longer context."""
+        return dataclasses.replace(
+            cls.qwen3_235b_a22b(), max_position_embeddings=262144, rope=Rope(5_000_000.0)
+        )
+
+    @classmethod
     def qwen3_coder_480b_a35b(cls) -> Qwen3MoeConfig:
         """Qwen/Qwen3-Coder-480B-A35B-Instruct. Figures of its config.json."""
         return dataclasses.replace(
