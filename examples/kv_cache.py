@@ -7,7 +7,8 @@ starts later, finds the prefill process by its address (here a file, otherwise w
 and asks for a request: which of its own pages are free, and where they are. From then on each layer's pages
 are written, one sided, as soon as they are computed, and decode begins on a layer when that layer's immediate
 has been counted. A request that is dropped is cancelled: pages that have not left are taken back, and decode
-may reuse its pages as soon as it has been told that nothing is under way any more.
+may reuse its pages as soon as it has been told that nothing is under way any more. Immediates are numbered by
+request and layer; those of a request that is over are released, so that they never run out.
 
 Messages are small and typed by their first field; pages never pass through Python.
 """
@@ -22,6 +23,7 @@ import multiprocessing
 import pathlib
 import tempfile
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,7 @@ class _Order:
     """A request of a decode process, as prefill serves it."""
 
     decoder: Address
+    request: int
     target: RemoteRegion
     imm: int
     source_pages: list[int]
@@ -98,7 +101,7 @@ class Prefill:
         if target.nbytes != self.shape.nbytes:
             raise ValueError(f"the decode process's cache has {target.nbytes} bytes, not {self.shape.nbytes}")
         pages = list(message["pages"])
-        order = _Order(sender, target, message["imm"], list(range(len(pages))), pages, [])
+        order = _Order(sender, message["request"], target, message["imm"], list(range(len(pages))), pages, [])
         self._orders[sender, message["request"]] = order
         return message["seed"], order
 
@@ -106,14 +109,21 @@ class Prefill:
         if message["type"] == "request":
             self._requests.append((sender, message))
             return
-        order = self._orders.pop((sender, message["request"]), None)
-        if order is None:
-            return
-        order.cancelled = True
-        taken = sum(transfer.cancel() for transfer in order.transfers)
-        for transfer in order.transfers:
-            transfer.exception(self.engine_timeout)  # what had begun is over
-        answer = {"type": "cancelled", "request": message["request"], "taken_back": taken}
+        number = message["request"]
+        order = self._orders.pop((sender, number), None)
+        answer: dict[str, Any] = {"type": "cancelled", "request": number, "taken_back": 0}
+        waiting = [one for one in self._requests if (one[0], one[1]["request"]) == (sender, number)]
+        if waiting:
+            self._requests.remove(waiting[0])
+            answer["sent"] = []
+        elif order is None:
+            answer["sent"] = list(range(self.shape.layers))  # it had been finished
+        else:
+            order.cancelled = True
+            answer["taken_back"] = sum(transfer.cancel() for transfer in order.transfers)
+            # What had begun ends first.
+            ends = [transfer.exception(self.engine_timeout) for transfer in order.transfers]
+            answer["sent"] = [layer for layer, error in enumerate(ends) if error is None]
         self.engine.send(sender, _bytes(answer)).result(self.engine_timeout)
 
     engine_timeout = 30.0
@@ -158,6 +168,7 @@ class Prefill:
                 transfer.result()
             except CancelledError:
                 assert order.cancelled
+        self._orders.pop((order.decoder, order.request), None)
 
 
 class Decode:
@@ -205,8 +216,13 @@ class Decode:
         self.engine.imm_counter(self._imm(request, layer)).wait(1, timeout)
         return self.cache.array[layer, self._pages[request]]
 
-    def release(self, request: int) -> None:
-        """Free the pages of a request that is done."""
+    def release(self, request: int, layers: Iterable[int] | None = None) -> None:
+        """Free the pages of a request once all its layers, or those of it that were sent, are here."""
+        for layer in range(self.shape.layers) if layers is None else layers:
+            self.engine.imm_counter(self._imm(request, layer)).wait(1)
+        # A value that is released while an arrival is under way would be taken up again.
+        for layer in range(self.shape.layers):
+            self.engine.release_immediate(self._imm(request, layer))
         self._free += self._pages.pop(request)
 
     def cancel(self, request: int) -> int:
@@ -216,7 +232,7 @@ class Decode:
             _, payload = self.engine.recv()
             message = json.loads(payload)
             if message["type"] == "cancelled" and message["request"] == request:
-                self.release(request)
+                self.release(request, message["sent"])
                 return int(message["taken_back"])
 
 
@@ -235,6 +251,7 @@ def decode_process(fabric: str, shape: CacheShape, rendezvous: str) -> None:
             for index, page in enumerate(got):
                 np.testing.assert_array_equal(page, page_of(7, layer, index, shape.page_bytes))
             print(f"decode: layer {layer} is here and right, waited {waited * 1e3:.1f} ms", flush=True)
+        decode.release(0)
         decode.request(1, seed=8, pages=shape.pages // 4)
         decode.wait_layer(1, 0, timeout=60)
         taken = decode.cancel(1)

@@ -460,8 +460,21 @@ class TransferEngine:
         """Return the counter of an immediate value, 0..2**31 - 1.
 
         It has counted from the first arrival on, whether or not anybody had asked for it.
+
+        Raises:
+            ValueError: 65536 values are in use, that is arrived or asked for, and not released. Arrivals of
+                further ones are dropped and counted in ``stats()["unknown_immediates"]``.
         """
         return ImmCounter(self._core.imm_counter(integer("imm", imm, 0, MAX_USER_IMMEDIATE)))
+
+    def release_immediate(self, imm: int) -> None:
+        """Forget an immediate value, when all its arrivals have been counted: others may take its place.
+
+        Programs that use a value only once, say for a request, must release it. Counters that are left keep
+        what they have counted, and waits for more raise ``GroupClosedError``. An arrival after this counts
+        from 0 again. A value that is not in use is left alone.
+        """
+        self._core.release_immediate(integer("imm", imm, 0, MAX_USER_IMMEDIATE))
 
     def watch_word(
         self,
@@ -550,7 +563,8 @@ class TransferEngine:
         """Send bytes of a region into a buffer of a peer's receive pool.
 
         The future is done when they are there. It raises ``FabricError`` where the pool refused, as too many
-        messages wait, and ``TimeoutError`` where no buffer came free within the engine's timeout.
+        messages wait or all its buffers are lost, and ``TimeoutError`` where no buffer came free within the
+        engine's timeout.
         """
         typed("pool", pool, RemotePool, "a RemotePool")
         if pool._engine is not self._core:

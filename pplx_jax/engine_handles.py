@@ -197,8 +197,9 @@ class ReceivePool:
     """Buffers that peers' messages go into, made by :meth:`TransferEngine.receive_pool`.
 
     A message that finds no free buffer waits at its sender. When more than ``max_waiting`` wait, the next is
-    refused, and its sender gets a ``FabricError``. A sender that does not fill the buffer it was given within
-    twice the engine's timeout costs that buffer (:attr:`lost`): it might still be written.
+    refused, and its sender gets a ``FabricError``. A sender that gives up returns its buffer. One that dies
+    with it, or whose write fails, costs that buffer after twice the engine's timeout (:attr:`lost`): it might
+    still be written. When all are lost senders are refused, and a new pool is needed.
     """
 
     def __init__(self, core: _core.ReceivePool, buffer_bytes: int) -> None:
@@ -229,7 +230,7 @@ class ReceivePool:
 
     @property
     def lost(self) -> int:
-        """Buffers that are used no more."""
+        """Buffers that are used no more, as those who were to fill them have fallen silent."""
         return self._core.lost
 
     def recv(self, timeout: float | None = None) -> PoolMessage:
@@ -237,6 +238,7 @@ class ReceivePool:
 
         Raises:
             TimeoutError: none came within ``timeout`` seconds.
+            FabricError: all buffers are lost, so that none can come.
             GroupClosedError: the engine was closed.
         """
         sender, buffer, nbytes = self._core.recv(timeout_of(timeout))

@@ -305,7 +305,7 @@ class ImmCounter:
 
         Raises:
             TimeoutError: fewer arrived within ``timeout`` seconds.
-            GroupClosedError: the engine was closed.
+            GroupClosedError: the engine was closed, or the value released.
         """
         self._core.wait(integer("n", n, 0, 2**64 - 1), timeout_of(timeout))
 

@@ -207,6 +207,24 @@ def test_a_full_pool_refuses(engine):
     sent[1].result(20)
 
 
+def test_immediates_are_released(pair):
+    left, right = pair
+    source, target = left.empty(8), right.empty(8)
+    for _ in range(2):
+        left.write(source, target.descriptor, imm=5).result(20)
+        counter = right.imm_counter(5)
+        counter.wait(1)
+        assert counter.value == 1
+        right.release_immediate(5)
+        right.release_immediate(5)
+    with pytest.raises(GroupClosedError, match="released"):
+        counter.wait(2)
+    assert counter.value == 1
+    for wrong in (-1, 2**31):
+        with pytest.raises(ValueError, match="imm"):
+            right.release_immediate(wrong)
+
+
 def test_statistics_by_nic_and_peer(pair):
     left, right = pair
     source, target = left.empty(1000), right.empty(1000)

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -85,6 +86,53 @@ def test_a_dropped_request_takes_its_pages_back():
         prefill.run(seed, order)
         got = decode.wait_layer(1, 2, timeout=20)
         np.testing.assert_array_equal(got[3], kv_cache.page_of(2, 2, 3, SHAPE.page_bytes))
+
+
+def test_immediates_do_not_run_out():
+    with make("local") as one, make("local") as other:
+        prefill = kv_cache.Prefill(one, SHAPE)
+        decode = kv_cache.Decode(other, one.address, SHAPE)
+        # There is room for 65536 values: as if so many requests had gone before that ten are left.
+        for imm in range(2**30, 2**30 + 65536 - 10):
+            other.imm_counter(imm)
+        for number in range(12):
+            decode.request(number, seed=number, pages=2)
+            seed, order = prefill.accept(timeout=20)
+            prefill.run(seed, order)
+            prefill.finish(order)
+            got = decode.wait_layer(number, 2, timeout=20)
+            np.testing.assert_array_equal(got[1], kv_cache.page_of(number, 2, 1, SHAPE.page_bytes))
+            decode.release(number)
+        assert other.stats()["unknown_immediates"] == 0
+        assert len(decode._free) == SHAPE.pages
+        assert not prefill._orders
+
+
+def cancel(prefill, decode, request):
+    """What decode is told, while prefill answers."""
+    told = []
+    thread = threading.Thread(target=lambda: told.append(decode.cancel(request)))
+    thread.start()
+    deadline = time.monotonic() + 20
+    while thread.is_alive() and time.monotonic() < deadline:
+        prefill.poll()
+        thread.join(0.01)
+    return told
+
+
+def test_a_request_may_be_dropped_before_it_begins_and_after_its_end():
+    with make("local") as one, make("local") as other:
+        prefill = kv_cache.Prefill(one, SHAPE)
+        decode = kv_cache.Decode(other, one.address, SHAPE)
+        decode.request(0, seed=1, pages=8)
+        assert cancel(prefill, decode, 0) == [0]
+        decode.request(1, seed=2, pages=8)
+        seed, order = prefill.accept(timeout=20)
+        assert seed == 2
+        prefill.run(seed, order)
+        prefill.finish(order)
+        assert cancel(prefill, decode, 1) == [0]
+        assert len(decode._free) == SHAPE.pages
 
 
 def test_caches_of_other_shapes_are_refused():

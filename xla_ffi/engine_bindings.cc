@@ -131,6 +131,7 @@ void bind_engine(nb::module_& m) {
       .def("send", &PyEngine::send, nb::arg("to"), nb::arg("payload"), nb::arg("future"))
       .def("recv", &PyEngine::recv, nb::arg("timeout").none() = nb::none())
       .def("imm_counter", &PyEngine::imm_counter, nb::arg("imm"))
+      .def("release_immediate", &PyEngine::release_immediate, nb::arg("imm"))
       .def("peer_group", &PyEngine::peer_group, nb::arg("members"), nb::arg("id"))
       .def("barrier", &PyEngine::barrier, nb::arg("group"), nb::arg("timeout").none() = nb::none())
       .def("stats", &PyEngine::stats)

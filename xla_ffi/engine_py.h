@@ -252,6 +252,10 @@ class PyEngine {
     const nb::gil_scoped_release release;
     return {engine_, engine_->imm_counter(imm), imm};
   }
+  void release_immediate(uint32_t imm) {
+    const nb::gil_scoped_release release;
+    engine_->release_immediate(imm);
+  }
 
   PyPeerGroup peer_group(const std::vector<nb::bytes>& members, uint32_t id) {
     std::vector<Address> addresses;
