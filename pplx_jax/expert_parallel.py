@@ -472,11 +472,11 @@ class ExpertParallel:
             first that the fabric offers), and ``why`` these,
             ``memory``: bytes of one rank, ``regions``, ``staging`` and ``total``; of a connected group on
             GPUs ``device``, ``pinned`` and ``total``, as they are allocated;
-            ``ranks``: for each local rank its ``exchanges``, and ``peers`` by rank: ``process`` (host and
-            pid), ``sent_bytes``, ``received_bytes``, and how late its messages came, in seconds after this
-            rank, done with sending its own, began to wait: ``waited_seconds`` in all, ``mean_wait_seconds``,
-            ``longest_wait_seconds`` and ``recent_wait_seconds`` for an exchange, the latter a mean over about
-            the last 64; on GPUs ``transport`` ("nvlink" or "proxy") too, and
+            ``ranks``: for each local rank its ``exchanges``, ``registrations`` of memory, and ``peers`` by
+            rank: ``process`` (host and pid), ``sent_bytes``, ``received_bytes``, and how late its messages
+            came, in seconds after this rank, done with sending its own, began to wait: ``waited_seconds`` in
+            all, ``mean_wait_seconds``, ``longest_wait_seconds`` and ``recent_wait_seconds`` for an exchange,
+            the latter a mean over about the last 64; on GPUs ``transport`` ("nvlink" or "proxy") too, and
             no waits; the rank's ``device_bytes``, ``pinned_bytes`` and ``num_sms``, and where messages go by
             the host ``regions`` and ``flags``, which lie in "device" or "pinned" ``memory``, and ``why`` (the
             messages themselves, and the words by which the host tells kernels of them), and ``courier``: its

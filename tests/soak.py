@@ -45,10 +45,10 @@ class Sample:
     descriptors: int
     threads: int
     registrations: int
-    """Of the TransferEngine beside the groups."""
+    """Of the TransferEngine beside the groups, and of the group that is open."""
 
 
-def _sample(began: float, steps: int, groups: int, engine: Any) -> Sample:
+def _sample(began: float, steps: int, groups: int, engine: Any, ep: Any) -> Sample:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not what is leaked
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -59,7 +59,7 @@ def _sample(began: float, steps: int, groups: int, engine: Any) -> Sample:
         pages * os.sysconf("SC_PAGESIZE") / 2**20,
         len(list(Path("/proc/self/fd").iterdir())),
         len(list(Path("/proc/self/task").iterdir())),
-        engine.stats()["registrations"],
+        engine.stats()["registrations"] + sum(rank["registrations"] for rank in ep.stats()["ranks"]),
     )
 
 
@@ -121,7 +121,7 @@ def soak(minutes: float, fabric: str) -> list[Sample]:
                 ep = group()
                 ep.connect()
                 groups += 1
-            samples.append(_sample(began, steps, groups, engine))
+            samples.append(_sample(began, steps, groups, engine, ep))
     ep.close()
     return samples
 

@@ -90,7 +90,11 @@ class MemberHandle {
   }
 
   nb::dict stats() const {
-    nb::dict out = moe::stats_dict(member_->group.stats(), member_->shape.rank);
+    const moe::GroupStats stats = [&] {
+      const nb::gil_scoped_release release;
+      return member_->group.stats();
+    }();
+    nb::dict out = moe::stats_dict(stats, member_->shape.rank);
     const moe::LossCounts losses = member_->losses.counts();
     nb::dict lost;
     lost["routed_tokens"] = losses.routed;

@@ -43,6 +43,7 @@ inline nanobind::dict stats_dict(const GroupStats& stats, int32_t rank) {
   out["waits_over_10s"] = stats.waits_over_10s;
   out["region_bytes"] = stats.region_bytes;
   out["staging_bytes"] = stats.staging_bytes;
+  out["registrations"] = stats.registrations;
   nanobind::list peers;
   for (const PeerStats& peer : stats.peers) {
     nanobind::dict entry;

@@ -532,6 +532,7 @@ GroupStats ExchangeGroup::stats() const {
   stats.waits_over_10s = slow_waits_;
   stats.region_bytes = buffers_.regions->size();
   stats.staging_bytes = buffers_.staging->size();
+  stats.registrations = engine_->details().registrations;
   stats.fabric = engine_->fabric_name();
   for (const auto& peer : peers_) {
     stats.peers.push_back(

@@ -71,6 +71,7 @@ struct GroupStats {
   uint64_t exchanges = 0;
   uint64_t waits_over_10s = 0;
   size_t region_bytes = 0, staging_bytes = 0;  // allocated
+  size_t registrations = 0;                    // of memory, with the engine
   std::string fabric;
   std::vector<PeerStats> peers;
   EngineStats engine;

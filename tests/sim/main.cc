@@ -245,25 +245,51 @@ void Sweep::ended(Child& child, int status) {
   sum_.virtual_time += result.virtual_time;
 }
 
-// Every post and poll of the victim, counted in a run without a fault.
+// Every post and poll of the victim, counted in a run without a fault. That run has to go well: with fewer
+// steps than there are, or none, the sweep would pass without having tried anything.
 void Sweep::list_steps() {
   Wishes wishes = options_.wishes;
   wishes.fault_rank = wishes.fault_rank.value_or(0);
   const auto kinds = std::exchange(wishes.faults, {FaultKind::kNone});
   std::array<int, 2> ends{};
   if (pipe(ends.data()) != 0) throw std::runtime_error("no pipe");
+  std::fflush(nullptr);
   const pid_t pid = fork();
   if (pid < 0) throw std::runtime_error("no process");
   if (pid == 0) {
+    close(ends[0]);
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0UL, 0UL, 0UL);
+    alarm(600);
     const Report report = run_trial(draw(wishes));
-    write_all(ends[1], report.steps.data(), report.steps.size() * sizeof report.steps[0]);
-    _exit(0);
+    const uint64_t count = report.steps.size();
+    write_all(ends[1], &count, sizeof count);
+    write_all(ends[1], report.steps.data(), count * sizeof report.steps[0]);
+    for (const std::string& what : report.complaints) write_all(ends[1], what.data(), what.size());
+    _exit(report.complaints.empty() ? 0 : 1);
   }
   close(ends[1]);
-  std::vector<uint64_t> steps;
-  for (uint64_t count = 0; read(ends[0], &count, sizeof count) == sizeof count;) steps.push_back(count);
+  std::string said;
+  std::array<char, 4096> buffer{};
+  for (ssize_t got = 0; (got = read(ends[0], buffer.data(), buffer.size())) > 0;) {
+    said.append(buffer.data(), static_cast<size_t>(got));
+  }
   close(ends[0]);
-  waitpid(pid, nullptr, 0);
+  int status = 0;
+  waitpid(pid, &status, 0);
+  uint64_t count = 0;
+  if (said.size() >= sizeof count) std::memcpy(&count, said.data(), sizeof count);
+  const size_t told = sizeof count + count * sizeof count;
+  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0 || count == 0 || said.size() != told) {
+    throw std::runtime_error("--every-step: the run without a fault, whose steps it takes, " +
+                             (count == 0           ? std::string("has none")
+                              : said.size() > told ? "went wrong: " + said.substr(told)
+                              : WIFSIGNALED(status)
+                                  ? std::string("ended with signal ") + strsignal(WTERMSIG(status))
+                                  : "ended with status " + std::to_string(WEXITSTATUS(status))) +
+                             "\n  again: " + command(wishes));
+  }
+  std::vector<uint64_t> steps(count);
+  std::memcpy(steps.data(), said.data() + sizeof count, count * sizeof count);
   for (const FaultKind kind : kinds) {
     for (size_t call = 1; call <= steps.size(); ++call) {
       for (uint64_t step = 1; step <= steps[call - 1]; ++step) {
@@ -275,8 +301,9 @@ void Sweep::list_steps() {
       }
     }
   }
-  std::printf("%zu steps of rank %u in %zu calls\n", listed_.size() / std::max<size_t>(1, kinds.size()),
-              *wishes.fault_rank, steps.size());
+  if (listed_.empty()) throw std::runtime_error("--every-step: no steps; give --faults");
+  std::printf("%zu steps of rank %u in %zu calls\n", listed_.size() / kinds.size(), *wishes.fault_rank,
+              steps.size());
 }
 
 int Sweep::run() {
@@ -300,6 +327,11 @@ int Sweep::run() {
       " calls compared with the oracle, %.0f virtual s, in %.1f s: %.0f exchanges/s\n",
       started_, options_.wishes.seed, faults.c_str(), sum_.exchanges, sum_.messages, sum_.compared,
       static_cast<double>(sum_.virtual_time) * 1e-9, seconds, static_cast<double>(sum_.exchanges) / seconds);
+  for (const FaultKind kind : options_.every_step ? options_.wishes.faults : std::vector<FaultKind>{}) {
+    if (kind == FaultKind::kNone || faults_.contains(fault_name(kind))) continue;
+    ++wrong_;
+    std::printf("FAILED --every-step: %s struck at no step\n", fault_name(kind));
+  }
   if (repeated_ > 0) std::printf("%" PRIu64 " run twice, with equal histories\n", repeated_);
   if (wrong_ > 0) std::printf("%" PRIu64 " FAILED\n", wrong_);
   return wrong_ > 0 ? 1 : 0;
