@@ -35,6 +35,12 @@ TEST_P(MessageTest, MoreThanThereAreBuffers) {
   constexpr size_t kMessages = 1000;
   std::vector<std::future<void>> sent;
   for (size_t i = 0; i < kMessages; ++i) sent.push_back(a.send(b.address(), bytes_of(std::to_string(i))));
+  // On this thread alone, as wait_arrived() does.
+  const auto all_are_here = [&] {
+    b.progress();
+    return b.stats().receives >= kMessages;
+  };
+  ASSERT_TRUE(a.wait_until(all_are_here, Clock::now() + scaled(20s)));
   std::vector<bool> seen(kMessages);
   for (size_t i = 0; i < kMessages; ++i) {
     auto message = b.recv();
