@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from typer.testing import CliRunner
 
 from pplx_jax import generate_command, plan
 from pplx_jax.__main__ import app
+from pplx_jax.models.decoder import LayerReport
 from pplx_jax.models.errors import ModelError
 from pplx_jax.models.registry import PUBLISHED
+from pplx_jax.models.sharding import Placement
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +82,8 @@ def expected(reference):
 def test_generate_text_in_one_process(reference):
     prompt = " ".join(f"w{token}" for token in reference.tokens[0])
     out, err = ended(start(reference.folder, "--prompt", prompt, "--max-new-tokens", 5))
-    assert out.startswith(prompt)
-    assert out.removeprefix(prompt).split() == [f"w{token}" for token in expected(reference)]
+    # The space between them, too.
+    assert out == " ".join([prompt, *(f"w{token}" for token in expected(reference))]) + "\n"
     assert "6 tokens of prompt" in err
     assert "tokens/s" in err
 
@@ -99,6 +102,8 @@ def test_generate_starts_processes(reference):
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:2] == ["0", "20"]
     assert 10 <= int(cells[2]) <= 20
+    assert cells[-2:] == ["0", "0"]
+    assert "failed" in err
     assert "messages over" in err
 
 
@@ -125,6 +130,92 @@ def test_generate_in_a_slurm_job(reference):
             rank.wait()
     assert [int(token) for token in first.splitlines()[-1].split()] == expected(reference)
     assert not [line for line in second.splitlines() if line and "Gloo" not in line]
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "500"}).invoke(app, ["generate", *map(str, arguments)])
+
+
+def test_generate_answers_a_message(reference, tmp_path):
+    """--chat is the checkpoint's template around the prompt."""
+    pytest.importorskip("transformers")
+    folder = tmp_path / "chat"
+    shutil.copytree(reference.folder, folder)
+    template = (
+        "{% for m in messages %}w1 {{ m.content }}{% endfor %}{% if add_generation_prompt %} w3{% endif %}"
+    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    answer = invoke(folder, "--chat", "--prompt", "w5 w6", "--max-new-tokens", 3)
+    assert answer.exit_code == 0, answer.output
+    plain = invoke(folder, "--tokens", "1,5,6,3", "--max-new-tokens", 3)
+    words = answer.stdout.split()
+    assert 0 < len(words) <= 3
+    assert words == [f"w{token}" for token in plain.stdout.split()]
+    for settings, what in (
+        ({}, "has no chat template: give the text as it is"),
+        ({"chat_template": "{{ raise_exception('no') }}"}, "chat template failed: .*no.*give the whole text"),
+    ):
+        content = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+        (folder / "tokenizer_config.json").write_text(json.dumps(content))
+        result = invoke(folder, "--chat", "--prompt", "w5")
+        assert result.exit_code == 1
+        assert re.search(what, result.output), result.output
+    assert "--chat needs --prompt" in invoke(folder, "--chat", "--tokens", "1").output
+
+
+def test_tokenizers_that_need_more(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+
+    def fail(*arguments, **options):
+        raise ImportError("\nThis tokenizer requires the SentencePiece library\nbut it was not found")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    result = invoke(tmp_path, "--prompt", "Hello")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert re.search("needs another package .* install it, or give tokens.* SentencePiece", result.output)
+
+
+def test_tables_say_what_failed():
+    seen = generate_command._Seen()
+    report = LayerReport(*map(np.asarray, ([3, 1], 4, 0, 0)))
+    seen.add([report])
+    seen.add([report])
+    model = SimpleNamespace(placement=Placement(), config=PUBLISHED["mixtral-8x7b"]())
+    (table,) = seen.tables(model)
+    assert [column.header for column in table.columns][-2:] == ["dropped", "failed"]
+    assert list(table.columns[-1].cells) == ["2"]
+
+    peer = {"sent_bytes": 1, "received_bytes": 2}
+    waits = {"mean_wait_seconds": 1e-3, "longest_wait_seconds": 1e-2}
+    for seen_of_peer, what in (({**peer, **waits}, "waits for each peer"), (peer, "no waits: on GPUs")):
+        stats = {"fabric": "shm", "ranks": [{"exchanges": 1, "peers": [seen_of_peer]}]}
+        assert what in generate_command._peer_table(stats).title
+
+
+@pytest.mark.multiprocess
+def test_a_failed_rank_of_a_job_leaves_at_once(tmp_path):
+    """One that a launcher started doesn't wait in JAX's exit handlers for those that go on."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    idle = (
+        f"import jax, time; jax.distributed.initialize({coordinator!r}, 2, 0); jax.devices(); time.sleep(600)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", idle],
+        env=environment(JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        job = ("--coordinator", coordinator, "--num-processes", 2, "--process-id", 1)
+        _, err = ended(start(tmp_path, "--tokens", "1", "--mesh", "ep=2", *job), status=1)
+        assert "config.json is missing" in err
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_launchers():
@@ -178,7 +269,9 @@ def _edit(**changes):
         (_spoil(lambda data: b""), ["--tokens", "1,200"], "tokens must be from 0 to 127, got 1 to 200"),
         (None, ["--tokens", "1;2"], "tokens must be numbers such as 1,15,7, got '1;2'"),
         (None, ["--dtype", "int3"], "dtype must be float32, bfloat16 or float16, got 'int3'"),
-        (None, ["--top-p", "3"], "top_p must be above 0 and at most 1, got 3.0"),
+        # Before loading, too.
+        (_spoil(lambda data: b""), ["--seed", str(2**63)], "seed must be an int of at most 64 bits, got"),
+        (_spoil(lambda data: b""), ["--top-p", "3"], "top_p must be above 0 and at most 1, got 3.0"),
         (None, ["--fabric", "carrier pigeon", "--mesh", "ep=1"], "'carrier pigeon'.* doctor` shows which"),
     ],
 )
@@ -247,6 +340,11 @@ def test_plan_of_kimi_k2():
     found = plan.make(PUBLISHED["kimi-k2"](), plan.Cluster(hosts=4), float8=True)
     assert found.experts_per_rank == 12
     assert found.fits
+    # 64 heads' scores of 4096 keys, for 8 tokens of each of 128 sequences, as float32 and as bfloat16.
+    assert found.prefill_chunk == 8
+    assert found.prefill == 8 * 128 * 64 * 4096 * (4 + 2)
+    parts = (*found.weights.values(), *found.exchange.values(), found.scratch, found.cache, found.prefill)
+    assert found.total == pytest.approx(sum(parts))
     # 12 experts of 60 layers, three matrices of 7168 x 2048 bytes each, and their scales.
     assert found.weights["experts"] == pytest.approx(12 * 60 * 3 * 7168 * 2048 * (1 + 4 / 128**2))
     # (512 + 64) numbers of two bytes in each of 61 layers.
@@ -292,3 +390,16 @@ def test_plan_of_a_folder(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(transformers.MixtralConfig().to_dict()))
     plan.run(str(tmp_path), plan.Cluster(hosts=1), weights="float8", json_output=True)
     assert json.loads(capsys.readouterr().out)["experts_per_rank"] == 1
+
+
+def test_plan_of_weights_that_are_not_supported(tmp_path, capsys):
+    """Kimi K2 Thinking's INT4 can't be loaded; what the model would take in another dtype can be computed."""
+    transformers = pytest.importorskip("transformers")
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    raw = {**transformers.DeepseekV3Config().to_dict(), "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    for weights in ("float8", "bfloat16"):
+        plan.run(str(tmp_path), plan.Cluster(hosts=4), weights=weights, json_output=True)
+        assert json.loads(capsys.readouterr().out)["experts_per_rank"] == 8
+    with pytest.raises(ModelError, match=r"compressed-tensors .* give --weights float8 or bfloat16$"):
+        plan.run(str(tmp_path), plan.Cluster(hosts=4), weights=None, json_output=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 import struct
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,13 @@ from jax.sharding import Mesh
 from models_hf import TOLERANCE, build, compute, difference
 
 from pplx_jax import models
+from pplx_jax.models import loading
 from pplx_jax.models.checkpoint import DTYPES, Checkpoint
-from pplx_jax.models.loading import from_config, from_pretrained
+from pplx_jax.models.loading import from_config, from_pretrained, read_config
 from pplx_jax.models.quantized import block_of
-from pplx_jax.models.registry import FAMILIES, PUBLISHED, family_of
+from pplx_jax.models.registry import FAMILIES, PUBLISHED, PUBLISHED_FLOAT8, family_of
 from pplx_jax.models.rope import Rope, Yarn
+from pplx_jax.models.sources import Source
 
 BLOCK = (16, 8)
 
@@ -216,6 +220,34 @@ def test_parts_of_tensors(tmp_path):
             assert checkpoint.bytes_read - before <= most
 
 
+@pytest.mark.parametrize("stored, kept", [("F32", "BF16"), ("F8_E4M3", "BF16"), ("F8_E4M3", "F8_E4M3")])
+@pytest.mark.parametrize("part", [np.s_[:, :], np.s_[100:900, 333:777]])
+def test_memory_of_a_conversion(tmp_path, monkeypatch, stored, kept, part):
+    """What is converted and turned takes the target's memory and a window's, and is the same as in one go."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((800, 1024)).astype(DTYPES[stored])
+    scales = rng.random((math.ceil(800 / 128), 8), np.float32)
+    save(tmp_path / "model.safetensors", {"a.weight": values, "a.weight_scale_inv": scales})
+    wide = values.astype(np.float32)
+    if stored != kept and stored == "F8_E4M3":
+        wide *= np.repeat(np.repeat(scales, 128, axis=0)[:800], 128, axis=1)
+    expected = wide.T[part].astype(DTYPES[kept])
+    monkeypatch.setattr(loading, "_WINDOW", 1 << 16)
+    source = Source(("a.weight",), transposed=True)
+    with Checkpoint(tmp_path) as checkpoint:
+        reader = loading._Reader(checkpoint, source, (1024, 800), DTYPES[kept], (128, 128))
+        tracemalloc.start()
+        try:
+            found = reader(part)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
+    # Windows are whole blocks of 128 rows; float32, its factors and what was read live at once.
+    widest = DTYPES[kept].itemsize if stored == kept else 4
+    assert peak < expected.nbytes + 4 * 128 * 1024 * widest
+
+
 def test_the_safetensors_library_agrees(saved):
     library = pytest.importorskip("safetensors.numpy")
     theirs = library.load_file(saved[0] / "model.safetensors")
@@ -237,6 +269,7 @@ def test_every_wrong_tensor_is_listed(copy):
     save(copy / "model.safetensors", arrays)
     with pytest.raises(models.CheckpointError, match="4 differences") as raised:
         from_pretrained(copy)
+    assert len(str(raised.value).splitlines()) == 1 + 4
     for line in (
         "missing: model.norm.weight [64]",
         "missing: model.layers.1.mlp.experts.3.up_proj.weight [32, 64]",
@@ -271,8 +304,49 @@ def test_float8_without_scales(float8, tmp_path):
     arrays = load(float8.folder)
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     save(tmp_path / "model.safetensors", {key: value for key, value in arrays.items() if key != name})
-    with pytest.raises(models.CheckpointError, match=f"missing: {name}"):
-        from_pretrained(tmp_path)
+    # The scales of a tensor that is kept are a parameter too: still one difference.
+    for dtype in (None, jnp.float8_e4m3fn):
+        with pytest.raises(models.CheckpointError, match=rf"; 1 differences:\n  missing: {name} \[4, 8\]$"):
+            from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_a_missing_fused_tensor_is_one_difference(tmp_path):
+    plain, fused = tmp_path / "plain", tmp_path / "fused"
+    build("mixtral", plain).save_pretrained(fused, save_original_format=False)
+    arrays = load(fused)
+    del arrays["model.layers.1.mlp.experts.gate_up_proj"]
+    save(fused / "model.safetensors", arrays)
+    with pytest.raises(
+        models.CheckpointError, match=r"; 1 differences:\n  missing: \S+gate_up_proj \[\S+ .*\]$"
+    ):
+        from_pretrained(fused)
+
+
+def test_the_group_is_closed_if_loading_fails(saved):
+    """Nobody else could: peers would wait for it."""
+
+    class Broken(Exception):
+        pass
+
+    groups = []
+
+    def fail(progress):
+        raise Broken
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("ep",))
+    make = loading.placement_of
+
+    def remember(*arguments, **options):
+        placement = make(*arguments, **options)
+        placement.ep.connect()
+        groups.append(placement.ep)
+        return placement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "placement_of", remember)
+        with pytest.raises(Broken):
+            from_pretrained(saved[0], mesh=mesh, name="broken", progress=fail)
+    assert groups[0].stats()["state"] == "closed"
 
 
 @pytest.mark.parametrize(
@@ -352,6 +426,15 @@ def test_missing_files(copy, tmp_path):
         ),
         ({"quantization_config": ["fp8"]}, r"quantised as \['fp8'\]"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings='long', which must be a number"),
+        ({"rms_norm_eps": [1]}, r"rms_norm_eps=\[1\], which must be a number"),
+        ({"hidden_size": "64"}, "hidden_size='64', which must be an int"),
+        ({"eos_token_id": "</s>"}, "config.json has eos_token_id='</s>', which must be an int or a list"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": "4", "rope_theta": 1e4}},
+            "factor='4', which must be a number",
+        ),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big', which must be a number"),
     ],
 )
 def test_unsuitable_configurations(copy, changes, match):
@@ -445,6 +528,77 @@ def test_configurations_from_transformers():
         assert getattr(theirs, field) == getattr(ours, field)
 
 
+def test_nulls_are_as_good_as_nothing(copy):
+    edit(copy, max_position_embeddings=None, rms_norm_eps=None, rope_parameters=None, rope_scaling=None)
+    config = read_config(copy)[1]
+    assert (config.max_position_embeddings, config.rms_norm_eps, config.rope) == (4096, 1e-6, Rope())
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"eos_token_id": [5, 7]}, (5, 7)),
+        ({"eos_token_id": 9}, (9,)),
+        ({"eos_token_id": None, "temperature": 0.6}, (3,)),
+        ({}, (3,)),
+        (None, (3,)),
+    ],
+)
+def test_ends_of_texts(copy, content, expected):
+    """Chat models end a turn with a token that only generation_config.json names."""
+    edit(copy, eos_token_id=3)
+    path = copy / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_text(json.dumps(content))
+    assert read_config(copy)[1].eos_token_ids == expected
+
+
+def test_unsuitable_ends_of_texts(copy):
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": ["</s>"]}))
+    with pytest.raises(models.ModelError, match=r"generation_config.json has eos_token_id=\['</s>'\]"):
+        read_config(copy)
+    path.write_text("{")
+    with pytest.raises(models.CheckpointError, match="download it again"):
+        read_config(copy)
+
+
+def test_contexts_that_yarn_stretches(tmp_path):
+    """As Qwen3's cards say to do it; DeepSeek's and Kimi's own contexts are the stretched ones already."""
+    transformers = pytest.importorskip("transformers")
+    raw = transformers.Qwen3MoeConfig(max_position_embeddings=40960).to_dict()
+    raw.pop("rope_parameters", None)
+    from_hf = FAMILIES["qwen3_moe"].from_hf
+    assert from_hf(raw).max_position_embeddings == 40960
+    raw["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert from_hf(raw).max_position_embeddings == 131072
+    for name in ("deepseek-v3", "kimi-k2", "kimi-k2-0905"):
+        config = PUBLISHED[name]()
+        yarn = config.rope.yarn
+        assert config.max_position_embeddings == yarn.factor * yarn.original_max_position_embeddings
+
+
+def test_later_checkpoints():
+    """What differs from the checkpoint that each one's sizes are those of."""
+    for name, other, changes in (
+        ("deepseek-v3.1", "deepseek-v3", {}),
+        ("qwen3-30b-a3b-2507", "qwen3-30b-a3b", {"max_position_embeddings": 262144, "rope": Rope(1e7)}),
+        ("qwen3-235b-a22b-2507", "qwen3-235b-a22b", {"max_position_embeddings": 262144, "rope": Rope(5e6)}),
+        ("mixtral-8x22b-instruct", "mixtral-8x22b", {"vocab_size": 32768}),
+    ):
+        assert PUBLISHED[name]() == dataclasses.replace(PUBLISHED[other](), **changes)
+    assert "deepseek-v3.1" in PUBLISHED_FLOAT8
+    quantization = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    }
+    assert block_of({"quantization_config": quantization}) == (128, 128)
+
+
 def test_kimi_k2_from_its_config():
     """The fields of moonshotai/Kimi-K2-Instruct's config.json, as transformers 4 wrote them."""
     raw = {
@@ -530,8 +684,6 @@ def test_yarn_against_transformers():
 
 def test_random_models():
     """A slice of a published model, with other sizes, on a mesh and on one device: the same weights."""
-    import dataclasses
-
     config = dataclasses.replace(
         PUBLISHED["kimi-k2"](),
         vocab_size=64,

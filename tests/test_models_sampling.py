@@ -14,7 +14,7 @@ from pplx_jax import models
 from pplx_jax.models.cache import LayerCache, causal_mask
 from pplx_jax.models.generation import Progress, stream
 from pplx_jax.models.mixtral import MixtralConfig
-from pplx_jax.models.sampling import sample
+from pplx_jax.models.sampling import candidates, sample
 from pplx_jax.models.tokenizer import TextStream
 
 
@@ -163,3 +163,52 @@ def test_text_comes_by_characters():
     assert parts == ["a", "", "é", "", "", "€", "b"]
     assert stream.add(0xC3) == ""
     assert stream.end() == "�"
+
+
+class Metaspace:
+    """As Llama's and Mixtral's tokenizers decode: "▁" is a space, and a text's first one is dropped."""
+
+    words = ("▁Once", "▁upon", "▁a", "▁time", "s", ",", "▁")
+
+    def __init__(self):
+        self.decoded = 0
+
+    def decode(self, tokens):
+        self.decoded += len(tokens)
+        return "".join(self.words[token] for token in tokens).replace("▁", " ").removeprefix(" ")
+
+
+def test_text_continues_its_prompt():
+    prompt, new = [0, 1], [2, 3, 4, 5, 6, 6, 2, 3]
+    stream = TextStream(Metaspace(), prompt)
+    text = "Once upon" + "".join(map(stream.add, new)) + stream.end()
+    assert text == Metaspace().decode(prompt + new) == "Once upon a times,   a time"
+    # At the start of a text there is no space to show.
+    assert TextStream(Metaspace()).add(2) == "a"
+
+
+def test_long_texts_cost_no_more_by_token():
+    tokenizer = Metaspace()
+    stream = TextStream(tokenizer, [0] * 1000)
+    for number in range(1000):
+        assert stream.add(3) == " time", number
+    assert tokenizer.decoded < 5 * 1000
+
+
+def test_garbage_is_not_kept_back():
+    """Bytes that never make a character come out as such, not only at the end."""
+    stream = TextStream(Bytes())
+    shown = "".join(stream.add(0xFF) for _ in range(100))
+    assert len(shown) > 80
+    assert shown + stream.end() == "�" * 100
+
+
+def test_of_all_tokens_none_is_lost():
+    """Sums of 160000 probabilities reach 1 before the last of them by rounding."""
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((1, 160_000)) * 3, jnp.float32)
+    ranked = -jnp.sort(-logits)
+    probs = jax.nn.softmax(ranked)
+    lost = jnp.cumsum(probs, axis=-1) - probs >= 1
+    assert lost.sum() > 100
+    assert candidates(ranked, jnp.float32(1.0)).all()
+    assert not candidates(ranked, jnp.float32(0.999)).all()
