@@ -277,7 +277,9 @@ class TransferEngine:
         """Write bytes of a region into a peer's region.
 
         Args:
-            region: the source. It must not be changed before the future is done.
+            region: the source. It must not be changed before the future is done, nor after it has failed
+                with ``TimeoutError`` or ``PeerError``: the provider may send it late, until the engine is
+                closed. Dropping it is safe: it is kept as long as that.
             remote: the target.
             length: bytes; the rest of the source by default.
             src_offset: where to start in the source, in bytes.
@@ -317,7 +319,9 @@ class TransferEngine:
         """Read bytes of a peer's region into a region of this engine; the peer takes no notice.
 
         Args:
-            region: where the bytes go; writable. They are there when the future is done.
+            region: where the bytes go; writable. They are there when the future is done. After a
+                ``TimeoutError`` or ``PeerError`` they may come late, until the engine is closed, to this
+                memory, which is kept as long as that.
             remote: the source.
             length: bytes; the rest of the target by default.
             dst_offset: where to start in the target, in bytes.
@@ -629,6 +633,22 @@ class TransferEngine:
             ValueError: it is the last one that works.
         """
         self._core.remove_nic(integer("index", index, 0, 7))
+
+    def remove_peer(self, address: Address) -> bool:
+        """Forget a peer that has gone, in jobs whose peers come and go.
+
+        What is under way to it fails with ``PeerError``, and so does what is later sent to remote regions,
+        groups and pools of it that were opened before. The peer is not told: what it may write here it may
+        still write, until its regions are dropped. A descriptor of it that is opened later meets it anew
+        (over verbs ``PeerError`` for the first milliseconds).
+
+        Returns:
+            False if nothing was known of that address.
+        """
+        typed("address", address, Address, "an Address")
+        with self._lock:
+            self._opened.clear()
+        return self._core.remove_peer(bytes(address))
 
     def start_timeline(self, events: int = 65536) -> None:
         """Record what the engine does: the latest ``events`` operations, arrivals and waits, 48 bytes

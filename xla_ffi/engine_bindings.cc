@@ -118,6 +118,7 @@ void bind_engine(nb::module_& m) {
       .def("new_id", &PyEngine::new_id)
       .def("cancel", &PyEngine::cancel, nb::arg("id"))
       .def("remove_nic", &PyEngine::remove_nic, nb::arg("index"))
+      .def("remove_peer", &PyEngine::remove_peer, nb::arg("address"))
       .def("when", &PyEngine::when, nb::arg("counter"), nb::arg("n"), nb::arg("future"), nb::arg("id"))
       .def("when_message", &PyEngine::when_message, nb::arg("future"), nb::arg("id"))
       .def("open_pool", &PyEngine::open_pool, nb::arg("descriptor"))

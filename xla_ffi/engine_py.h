@@ -173,6 +173,11 @@ class PyEngine {
     const nb::gil_scoped_release release;
     engine_->remove_nic(index);
   }
+  bool remove_peer(const nb::bytes& peer) {
+    const Address address(to_bytes(peer));
+    const nb::gil_scoped_release release;
+    return engine_->remove_peer(address);
+  }
 
   void when(const PyImmCounter& counter, uint64_t n, nb::object future, uint64_t id) {
     post(std::move(future), 1, nullptr, {},

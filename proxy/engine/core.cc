@@ -15,7 +15,6 @@
 namespace pplx {
 namespace {
 
-constexpr size_t kSendSlots = 64;
 constexpr auto kMaintenance = std::chrono::milliseconds(10);
 // Longer than this between two looks the process was stopped, or had no core: nobody is late for that.
 constexpr auto kAbsent = std::chrono::milliseconds(100);
@@ -36,10 +35,7 @@ EngineCore::EngineCore(const EngineConfig& config)
       pools_(std::make_unique<Pools>(*this)),
       doubts_(std::make_unique<Doubts>(*this)) {
   add_nics();
-  send_bytes_.resize(kSendSlots * max_message_);
-  for (Nic& nic : nics_)
-    nic.send_memory = nic.fabric->register_memory(send_bytes_.data(), send_bytes_.size());
-  for (uint32_t slot = 0; slot < kSendSlots; ++slot) free_slots_.push_back(slot);
+  add_send_buffers();
 }
 
 EngineCore::~EngineCore() {
@@ -148,8 +144,10 @@ void EngineCore::run_worker() {
       ran += std::min<Duration>(now - maintained, kAbsent);
       maintained = now;
       tick_.store(static_cast<uint32_t>(ran / std::chrono::milliseconds(1)), std::memory_order_relaxed);
+      std::vector<std::shared_ptr<const Region>> given_back;
       Locked locked(*this);
       maintain();
+      given_back.swap(given_back_);
     }
     // Somebody who waits drives progress better than we could: every poll of ours would only be in the way.
     if (uint64_t polls = foreign_polls_.load(std::memory_order_relaxed); polls != foreign) {
@@ -197,6 +195,8 @@ void EngineCore::maintain() {
   pools_->maintain();
   doubts_->maintain(now, limit);
   fail_late_messages(now, limit);
+  relieve_messages(now);
+  if (!removed_.empty()) disconnect_removed();
   // By number, here and below: whoever is told of a completion may get to know further peers.
   for (size_t number = 0; number < peers_.size(); ++number) {
     Peer& peer = peers_[number];
@@ -205,7 +205,10 @@ void EngineCore::maintain() {
     if (!peer.ready && !peer.failed && peer.waiting.front() != nullptr && now - peer.greeted > kGreetAgain) {
       greet(static_cast<uint32_t>(number), kHello);
     }
-    for (Path& path : peer.paths) {
+    for (size_t i = 0; i < peer.paths.size(); ++i) {
+      Path& path = peer.paths[i];
+      // Long ago stays long ago.
+      if (peer.completed - path.completed > INT32_MAX) path.completed = peer.completed - INT32_MAX;
       Op* oldest = path.posted.front() != nullptr ? path.posted.front() : path.pending.front();
       if (oldest == nullptr) continue;
       if (now - oldest->stamp > kSuspectAfter && !nics_[path.nic].down &&
@@ -213,8 +216,14 @@ void EngineCore::maintain() {
         fail_peer(peer, Error(ErrorKind::kPeer, "the process of " + peer.label + " is gone"));
         break;
       }
+      const bool stuck = late(oldest) && is_stuck(peer, path, oldest->seen);
       while (late(path.posted.front())) abandon(peer, path.posted.front(), error(*path.posted.front()));
       fail_late(path.pending);
+      if (stuck) {
+        lose_path(peer, static_cast<uint16_t>(i),
+                  Error(ErrorKind::kPeer, "nothing has come of it for " + std::to_string(limit) +
+                                              " ms, though the peer answers on others"));
+      }
     }
   }
 }
@@ -234,6 +243,7 @@ void EngineCore::close() {
   if (worker_.joinable()) worker_.join();
   // Peers may still wait for acknowledgements of what has already arrived here.
   for (int i = 0; i < kFlushPolls; ++i) progress();
+  std::vector<std::shared_ptr<const Region>> given_back;
   {
     Locked locked(*this);
     const Error error(ErrorKind::kClosed, "the TransferEngine was closed before the operation completed");
@@ -245,7 +255,9 @@ void EngineCore::close() {
     pools_->close(error);
     for (Nic& nic : nics_) {
       if (!nic.down) nic.fabric->close();
+      while (Op* op = nic.abandoned.front()) give_back(op);
     }
+    given_back.swap(given_back_);
   }
   callbacks_.stop();
   close_done_.store(true, std::memory_order_release);

@@ -118,6 +118,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   size_t shards() const noexcept { return nics_.size(); }
   bool takes_device_memory() const noexcept { return device_memory_; }
   void remove_nic(size_t index);
+  bool remove_peer(const Address& address);
 
   // watch.cc
   std::shared_ptr<WatchWord> watch_word(WatchConfig config);
@@ -223,6 +224,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void recycle(Op* op);
   void taken_back_by_fabric(Peer& peer, Op* op);
   void abandon(Peer& peer, Op* op, const Error& error);
+  void give_back(Op* op);
   void end_with_peer(Peer& peer, Op* op, const Error& error);
   void record(const Op& op, bool failed);
   Error explain(const Op& op, const Error& error) const;
@@ -233,10 +235,12 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void route(Op& op, Peer& peer);
   void refresh(Peer& peer);
   bool retry(Op* op);
+  static bool is_stuck(const Peer& peer, const Path& path, uint32_t since);
   void lose_path(Peer& peer, uint16_t path, const Error& error);
   void lose_nic(size_t index, const Error& error);
   void lose_failing_nics();
   void fail_peer(Peer& peer, const Error& error);
+  void disconnect_removed();
   void greet(uint32_t peer, uint8_t type);
   void answer_greetings();
 
@@ -249,6 +253,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void close_waiters(const Error& error);
 
   void fail_late_messages(uint32_t now, uint32_t limit);
+  void add_send_buffers();
+  void relieve_messages(uint32_t now);
   bool first_time(const Bytes& from, uint64_t number);
   void flush_messages();
   void queue_message(uint32_t peer, Bytes bytes, CompletionSink* sink);
@@ -288,6 +294,8 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   OpPool shared_pool_;
   std::deque<Peer> peers_;  // locked
   std::map<Bytes, uint32_t, BytesLess> peer_numbers_;
+  std::vector<uint32_t> removed_;                             // peers that fabrics have not forgotten yet
+  std::vector<std::shared_ptr<const Region>> given_back_;     // to be dropped without the lock
   std::vector<std::pair<uint32_t, uint16_t>> pending_paths_;  // of which peer, which path
   std::vector<std::pair<Bytes, uint8_t>> greetings_;          // that came and are not yet answered
   std::atomic<uint64_t> outstanding_{0};                      // with the fabrics; written locked
@@ -297,8 +305,9 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   ImmTable immediates_;
   size_t user_values_ = 0;
 
-  Bytes send_bytes_;
+  std::vector<Bytes> send_chunks_;  // kSendSlots buffers each
   std::vector<uint32_t> free_slots_;
+  uint32_t next_chunk_ = 0;  // tick before which none is added
   std::deque<Outgoing> outgoing_;
   std::mutex inbox_mutex_;
   std::deque<Message> inbox_;

@@ -57,6 +57,7 @@ uint64_t TransferEngine::new_id() noexcept { return core_->new_id(); }
 size_t TransferEngine::cancel(uint64_t id) { return core_->cancel(id); }
 size_t TransferEngine::shards() const noexcept { return core_->shards(); }
 void TransferEngine::remove_nic(size_t index) { core_->remove_nic(index); }
+bool TransferEngine::remove_peer(const Address& address) { return core_->remove_peer(address); }
 
 void TransferEngine::when(const ImmCounter& counter, uint64_t n, CompletionSink* sink, uint64_t id) {
   core_->when(counter, n, sink, id);

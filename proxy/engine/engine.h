@@ -76,6 +76,10 @@ class TransferEngine {
   size_t shards() const noexcept;
   // Takes a NIC out, as if it had failed; throws kInvalidArgument for the last one that works.
   void remove_nic(size_t index);
+  // Ends what is under way to a peer that has gone, with kPeer, and forgets it; it is not told. False:
+  // nothing was known of it. Remote regions and groups of it stay failed; opening a new descriptor meets it
+  // anew.
+  bool remove_peer(const Address& address);
 
   // `sink` is told once, when `counter` has reached `n` (maybe at once), or with kClosed or kCancelled.
   void when(const ImmCounter& counter, uint64_t n, CompletionSink* sink, uint64_t id = 0);

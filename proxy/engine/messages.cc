@@ -21,7 +21,16 @@ constexpr uint32_t kSlotsPerPeer = 16;
 // to remember no more: what is twice as far behind never comes.
 constexpr uint64_t kNumberWindow = 4096;
 constexpr size_t kMaxSenders = 65536;
+constexpr uint32_t kMoreAfter = 100;   // ms that a message waits for a buffer before there are more of them
+constexpr uint32_t kMoreAgain = 1000;  // ms until that is tried again where it failed
 constexpr size_t kNumberAt = sizeof kMessageMagic + sizeof(uint8_t);
+
+// A peer that takes nothing must not keep all buffers from the others.
+bool may_have_buffer(const Peer& peer) {
+  const bool far =
+      !peer.unanswered.empty() && peer.last_message + 1 - *peer.unanswered.begin() >= kNumberWindow;
+  return peer.messages < kSlotsPerPeer && !far;
+}
 
 }  // namespace
 
@@ -72,11 +81,8 @@ void EngineCore::flush_messages() {
     return;
   }
   for (size_t i = 0; i < outgoing_.size() && !free_slots_.empty();) {
-    // A peer that takes nothing must not keep all buffers from the others.
     Peer& peer = peers_[outgoing_[i].peer];
-    const bool far =
-        !peer.unanswered.empty() && peer.last_message + 1 - *peer.unanswered.begin() >= kNumberWindow;
-    if (peer.messages >= kSlotsPerPeer || far) {
+    if (!may_have_buffer(peer)) {
       ++i;
       continue;
     }
@@ -92,11 +98,11 @@ void EngineCore::flush_messages() {
     }
     op->slot = free_slots_.back();
     free_slots_.pop_back();
-    std::byte* buffer = send_bytes_.data() + op->slot * max_message_;
+    std::byte* buffer = send_chunks_[op->slot / kSendSlots].data() + op->slot % kSendSlots * max_message_;
     std::memcpy(buffer, message.bytes.data(), message.bytes.size());
     op->source = buffer;
     op->length = message.bytes.size();
-    op->local = nics_[0].send_memory.local;
+    op->local = nics_[0].send_memory[op->slot / kSendSlots].local;
     op->target = op->key = 0;
     op->to = message.peer;
     op->has_imm = false;
@@ -109,6 +115,42 @@ void EngineCore::flush_messages() {
     op->region = nullptr;
     enqueue(peers_[op->to], op);
   }
+}
+
+void EngineCore::add_send_buffers() {
+  Bytes chunk(kSendSlots * max_message_);
+  std::array<FabricMemory, kMaxNics> memories{};
+  try {
+    for (size_t i = 0; i < nics_.size(); ++i) {
+      if (!nics_[i].down) memories[i] = nics_[i].fabric->register_memory(chunk.data(), chunk.size());
+    }
+  } catch (...) {
+    release(memories);
+    throw;
+  }
+  for (size_t i = 0; i < nics_.size(); ++i) nics_[i].send_memory.push_back(memories[i]);
+  const size_t first = send_chunks_.size() * kSendSlots;
+  for (size_t slot = first; slot < first + kSendSlots; ++slot) {
+    free_slots_.push_back(static_cast<uint32_t>(slot));
+  }
+  send_chunks_.push_back(std::move(chunk));
+}
+
+// Some peers that say nothing hold all buffers, until the fabric gives them up: the others get new ones.
+void EngineCore::relieve_messages(uint32_t now) {
+  if (!free_slots_.empty() || static_cast<int32_t>(now - next_chunk_) < 0) return;
+  const bool waits = std::any_of(outgoing_.begin(), outgoing_.end(), [&](const Outgoing& message) {
+    return now - message.stamp > kMoreAfter && may_have_buffer(peers_[message.peer]);
+  });
+  if (!waits) return;
+  try {
+    add_send_buffers();
+  } catch (const Error& error) {
+    next_chunk_ = now + kMoreAgain;
+    on_error(error);
+    return;
+  }
+  flush_messages();
 }
 
 void EngineCore::fail_late_messages(uint32_t now, uint32_t limit) {

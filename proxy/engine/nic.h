@@ -13,12 +13,14 @@
 
 namespace pplx {
 
+inline constexpr size_t kSendSlots = 64;  // buffers of a chunk
+
 struct Nic {
   std::unique_ptr<Fabric> fabric;
   FabricCaps caps;
-  FabricMemory send_memory;
-  std::optional<Error> down;     // why it was taken out
-  std::optional<Error> failing;  // reported while polling; taken out after it
+  std::vector<FabricMemory> send_memory;  // by chunk
+  std::optional<Error> down;              // why it was taken out
+  std::optional<Error> failing;           // reported while polling; taken out after it
   size_t outstanding = 0;
   size_t deepest = 0;
   OpList abandoned;  // that its fabric holds although their callers have been told
@@ -30,12 +32,14 @@ struct Nic {
 struct Path {
   uint32_t nic = 0;
   uint32_t remote = 0;
-  uint32_t number = 0;   // of the peer's NIC, by our fabric
-  bool primary = false;  // used while any primary path works
+  static constexpr uint32_t kNone = UINT32_MAX;
+  uint32_t number = kNone;  // of the peer's NIC, by our fabric
+  bool primary = false;     // used while any primary path works
   bool dead = false;
   bool listed = false;  // in pending_paths_
   uint32_t next_rail = 0;
-  OpQueue pending;  // not yet taken by the fabric
+  uint32_t completed = 0;  // Peer::completed at its last one
+  OpQueue pending;         // not yet taken by the fabric
   OpList posted;
   Traffic traffic;  // but for what is outstanding and queued
 };
@@ -51,6 +55,9 @@ struct Peer {
   bool ready = true;              // may be written to: see FabricCaps::mutual
   uint32_t greeted = 0;           // tick at which it was told of this engine last, where it has to know
   uint32_t messages = 0;          // send buffers that it holds
+  uint32_t abandoned = 0;         // operations that fabrics hold although their callers have been told
+  uint32_t completed = 0;         // operations that have come to a good end; goes round
+  bool removed = false;           // for good: if it is met again it gets a new number
   uint64_t last_message = 0;      // number of the latest message to it
   std::set<uint64_t> unanswered;  // numbers of messages that have not completed
 };

@@ -66,7 +66,9 @@ void EngineCore::add_nics() {
 }
 
 uint32_t EngineCore::connect(const Bytes& address) {
-  if (auto known = peer_numbers_.find(address); known != peer_numbers_.end()) return known->second;
+  const auto known = peer_numbers_.find(address);
+  const Peer* before = known == peer_numbers_.end() ? nullptr : &peers_[known->second];
+  if (before != nullptr && !before->removed) return known->second;
   PeerAddress parsed = decode_address(address);
   check_job(self_, parsed);
   const size_t ours = nics_.size(), theirs = parsed.nics();
@@ -94,12 +96,13 @@ uint32_t EngineCore::connect(const Bytes& address) {
   peer.label = parsed.label();
   peer.address = address;
   peer.next_path = number;  // so that writes to many peers begin on different NICs
+  if (before != nullptr) peer.last_message = before->last_message;  // it knows those up to here
   refresh(peer);
   if (peer.active.empty()) {
     throw refused.value_or(Error(ErrorKind::kFabric, "no NIC of this engine works any more"));
   }
   peers_.push_back(std::move(peer));
-  peer_numbers_.emplace(address, number);
+  peer_numbers_[address] = number;
   if (mutual_) {
     peers_[number].ready = false;
     greet(number, kHello);
@@ -124,12 +127,13 @@ void EngineCore::route(Op& op, Peer& peer) {
   op.path = ways == 1 ? peer.active[0] : peer.active[peer.next_path++ % ways];
   Path& path = peer.paths[op.path];
   op.peer = path.number;
+  op.seen = peer.completed;
   const uint32_t rails = nics_[path.nic].caps.rails;
   op.rail = rails > 1 && op.kind != FabricOp::Kind::kMessage ? path.next_rail++ % rails : 0;
   if (peer.paths.size() == 1) [[likely]]
     return;
   if (op.kind == FabricOp::Kind::kMessage) {
-    op.local = nics_[path.nic].send_memory.local;
+    op.local = nics_[path.nic].send_memory[op.slot / kSendSlots].local;
     return;
   }
   if (op.region != nullptr) op.local = op.region->memory(path.nic).local;
@@ -172,6 +176,15 @@ void EngineCore::lose_path(Peer& peer, uint16_t index, const Error& error) {
   }
 }
 
+// Its operations end with nothing, while another path to the same peer has brought some to their end. A NIC
+// whose cable is pulled looks like that, for as long as the kernel tries again (a quarter of an hour of TCP).
+bool EngineCore::is_stuck(const Peer& peer, const Path& path, uint32_t since) {
+  const auto completed = [&](const Path& one) { return static_cast<int32_t>(one.completed - since) > 0; };
+  return !path.dead && !completed(path) &&
+         std::any_of(peer.paths.begin(), peer.paths.end(),
+                     [&](const Path& one) { return !one.dead && completed(one); });
+}
+
 // Not within the fabric's poll.
 void EngineCore::lose_nic(size_t index, const Error& error) {
   Nic& nic = nics_[index];
@@ -182,10 +195,7 @@ void EngineCore::lose_nic(size_t index, const Error& error) {
   nic.fabric->drain(*this);
   polling_ = 0;
   nic.fabric->close();  // from here on it touches no memory, and its operations are ours again
-  while (Op* op = nic.abandoned.front()) {
-    nic.abandoned.erase(op);
-    recycle(op);
-  }
+  while (Op* op = nic.abandoned.front()) give_back(op);
   const Error lost(ErrorKind::kPeer,
                    "this engine's NIC " + std::to_string(index) + " failed: " + error.what());
   for (size_t number = 0; number < peers_.size(); ++number) {
@@ -258,6 +268,36 @@ void EngineCore::fail_peer(Peer& peer, const Error& error) {
   if (auto known = peer_numbers_.find(peer.address); known != peer_numbers_.end()) {
     doubts_->fail(known->second, error);
   }
+}
+
+bool EngineCore::remove_peer(const Address& address) {
+  require_open();
+  decode_address(address.bytes());
+  Locked locked(*this);
+  if (fabric_closed_) require_open();
+  const bool heard = seen_.erase(address.bytes()) != 0;
+  const auto known = peer_numbers_.find(address.bytes());
+  if (known == peer_numbers_.end() || peers_[known->second].removed) return heard;
+  Peer& peer = peers_[known->second];
+  removed_.push_back(known->second);
+  peer.removed = true;
+  fail_peer(peer, Error(ErrorKind::kPeer, "it was removed"));
+  return true;
+}
+
+// Fabrics forget a peer once they hold nothing for it.
+void EngineCore::disconnect_removed() {
+  std::erase_if(removed_, [&](uint32_t number) {
+    const Peer& peer = peers_[number];
+    if (peer.abandoned != 0) return false;
+    // A fabric may know it by the same address as the one that has been met again.
+    if (peer_numbers_.at(peer.address) != number) return true;
+    for (const Path& path : peer.paths) {
+      if (path.number != Path::kNone && !nics_[path.nic].down)
+        nics_[path.nic].fabric->disconnect(path.number);
+    }
+    return true;
+  });
 }
 
 // Where targets take nothing from strangers, peers exchange messages before the first write: who gets a hello

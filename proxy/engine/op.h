@@ -14,6 +14,7 @@
 namespace pplx {
 
 struct RemoteKeys;
+class Region;
 class RegionImpl;
 
 struct Op : FabricOp {
@@ -26,6 +27,7 @@ struct Op : FabricOp {
   uint32_t to;         // the engine's number of the peer; FabricOp::peer is the fabric's
   uint32_t stamp;      // the engine's tick when it was submitted
   uint32_t slot;       // messages: index of the send buffer
+  uint32_t seen;       // Peer::completed when it took its path
   uint16_t path;       // of its peer
   uint64_t number;     // messages: by which the receiver knows a repetition; 0: it is never repeated
   uint8_t retries;
@@ -34,6 +36,8 @@ struct Op : FabricOp {
   bool per_shard;  // WriteRequest::imm_per_shard, until it is split
   // What another NIC needs, where there are several: the caller keeps the region, we the keys.
   const RegionImpl* region;
+  // Of an abandoned one: the provider may still read or write there, whatever its caller does with it.
+  std::shared_ptr<const Region> held;
   std::shared_ptr<const RemoteKeys> keys;
 };
 

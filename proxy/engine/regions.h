@@ -9,7 +9,7 @@
 
 namespace pplx {
 
-class RegionImpl final : public Region {
+class RegionImpl final : public Region, public std::enable_shared_from_this<RegionImpl> {
  public:
   using Memories = std::array<FabricMemory, kMaxNics>;  // by NIC
 

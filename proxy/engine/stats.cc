@@ -89,7 +89,7 @@ EngineDetails EngineCore::details() {
       stats.traffic.queued += path.pending.size();
       details.nics[path.nic].traffic.queued += path.pending.size();
     }
-    details.peers.push_back(std::move(stats));
+    if (!peer.removed) details.peers.push_back(std::move(stats));
   }
   return details;
 }

@@ -296,8 +296,21 @@ void EngineCore::taken_back_by_fabric(Peer& peer, Op* op) {
 void EngineCore::abandon(Peer& peer, Op* op, const Error& error) {
   taken_back_by_fabric(peer, op);
   op->abandoned = true;
+  ++peer.abandoned;
+  if (op->region != nullptr) op->held = op->region->weak_from_this().lock();
   nics_[peer.paths[op->path].nic].abandoned.push(op);
   notify(op, &error);
+}
+
+// The provider has no more to do with an operation that was abandoned.
+void EngineCore::give_back(Op* op) {
+  Peer& peer = peers_[op->to];
+  --peer.abandoned;
+  nics_[peer.paths[op->path].nic].abandoned.erase(op);
+  // Not dropped here: what the last handle of a region takes with it is its owner's and not for this lock.
+  if (op->held != nullptr) given_back_.push_back(std::move(op->held));
+  op->held.reset();
+  recycle(op);
 }
 
 Error EngineCore::explain(const Op& op, const Error& error) const {
@@ -316,12 +329,13 @@ Error EngineCore::explain(const Op& op, const Error& error) const {
 
 void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
   Op* op = static_cast<Op*>(&fabric_op);
+  Peer& peer = peers_[op->to];
+  if (error == nullptr) [[likely]]
+    peer.paths[op->path].completed = ++peer.completed;
   if (op->abandoned) [[unlikely]] {
-    nics_[peers_[op->to].paths[op->path].nic].abandoned.erase(op);
-    recycle(op);
+    give_back(op);
     return;
   }
-  Peer& peer = peers_[op->to];
   taken_back_by_fabric(peer, op);
   if (op->posted_at != 0) [[unlikely]]
     record(*op, error != nullptr);

@@ -119,6 +119,8 @@ class Fabric {
   // A new number, counting from 0, for the NIC of a peer whose endpoints these are. One peer may have
   // several.
   virtual uint32_t connect(const PeerAddress& peer) = 0;
+  // What connect() made is not used any more, and the fabric holds no operation of it.
+  virtual void disconnect(uint32_t /*peer*/) {}
 
   // The operation stays with the fabric until on_complete. kFull: try again after poll(). Throws Error when
   // the operation can never be posted, in which case nothing of it has left.

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "proxy/fabric/libfabric_loader.h"
+#include "proxy/fabric/libfabric_queues.h"
 #include "proxy/fabric/libfabric_traits.h"
 #include "proxy/log.h"
 
@@ -27,10 +28,12 @@ namespace pplx {
 namespace {
 
 // Newer than the headers that this is built with.
-constexpr uint64_t kMrDmabuf = 1ULL << 40;  // FI_MR_DMABUF, 1.20
-constexpr int kOptCudaApiPermitted = 10;    // FI_OPT_CUDA_API_PERMITTED, 1.18
-constexpr int kOptMaxMsgSize = 12;          // FI_OPT_MAX_MSG_SIZE, 2.0
-struct MrDmabuf {                           // fi_mr_dmabuf, 1.20
+constexpr uint64_t kMrDmabuf = 1ULL << 40;       // FI_MR_DMABUF, 1.20
+constexpr int kOptCudaApiPermitted = 10;         // FI_OPT_CUDA_API_PERMITTED, 1.18
+constexpr int kOptMaxMsgSize = 12;               // FI_OPT_MAX_MSG_SIZE, 2.0
+constexpr int kOptEfaRnrRetry = -(0xefa << 16);  // FI_OPT_EFA_RNR_RETRY
+constexpr size_t kRnrForEver = 7;                // of its values
+struct MrDmabuf {                                // fi_mr_dmabuf, 1.20
   int fd;
   uint64_t offset;
   size_t len;
@@ -40,6 +43,7 @@ struct MrDmabuf {                           // fi_mr_dmabuf, 1.20
 constexpr size_t kMessageBytes = 16384;
 constexpr size_t kReceives = 64;  // posted receive buffers, replenished as they are consumed
 constexpr size_t kPollBatch = 32;
+constexpr size_t kLongestQueue = 65536, kShortestQueue = 1024;  // completions, where they come unsolicited
 constexpr uint64_t kAccess = FI_SEND | FI_RECV | FI_READ | FI_WRITE | FI_REMOTE_READ | FI_REMOTE_WRITE;
 
 struct InfoDeleter {
@@ -241,6 +245,15 @@ class LibfabricFabric final : public Fabric {
     return static_cast<uint32_t>(peers_.size() - 1);
   }
 
+  void disconnect(uint32_t peer) override {
+    for (fi_addr_t& address : peers_[peer].addresses) {
+      if (const int rc = fi_av_remove(open_.av, &address, 1, 0); rc != 0) {
+        log(LogLevel::kWarn, "libfabric ", provider_, ": removing an address: ", error_text(rc));
+      }
+    }
+    peers_[peer] = {};
+  }
+
   // Always fi_writemsg: 1.17's tcp takes FI_DELIVERY_COMPLETE from the flags of the call only, not from the
   // endpoint's.
   Post try_write(FabricOp& op) override {
@@ -281,6 +294,8 @@ class LibfabricFabric final : public Fabric {
   }
 
   size_t poll(FabricEvents& events) override {
+    if (!unposted_.empty()) [[unlikely]]
+      report(unposted_.retry([this](FabricOp& op) { return try_receive(op); }));
     fi_cq_data_entry entries[kPollBatch];
     ssize_t count = fi_cq_read(open_.cq, entries, kPollBatch);
     if (count == -FI_EAGAIN) return 0;
@@ -479,14 +494,35 @@ class LibfabricFabric final : public Fabric {
                                         error_text(rc) + "; GPUDirect RDMA is needed");
   }
 
-  void open_endpoints(int count) {
-    check(lib_.fabric(info_->fabric_attr, &open_.fabric, nullptr), "opening the fabric");
-    check(fi_domain(open_.fabric, info_.get(), &open_.domain, nullptr), "opening the domain");
+  // Versions up to 1.x give up after three times that a target had no receive ready, which a target that is
+  // stopped for a while looks like. Who does not know the option has no such limit.
+  static void retry_for_ever(fid_ep* endpoint) {
+    size_t retries = kRnrForEver;
+    const int rc = fi_setopt(&endpoint->fid, FI_OPT_ENDPOINT, kOptEfaRnrRetry, &retries, sizeof retries);
+    if (rc != 0) log(LogLevel::kDebug, "libfabric: FI_OPT_EFA_RNR_RETRY was refused: ", rc);
+  }
+
+  // `outstanding`: of our own operations and receives.
+  void open_completion_queue(size_t outstanding) {
     fi_cq_attr cq{};
     cq.format = FI_CQ_FORMAT_DATA;
     cq.wait_obj = FI_WAIT_NONE;
-    cq.size = static_cast<size_t>(count) * (info_->tx_attr->size + info_->rx_attr->size);
-    check(fi_cq_open(open_.domain, &cq, &open_.cq, nullptr), "opening the completion queue");
+    const size_t wanted = traits_.unsolicited ? std::max(outstanding, kLongestQueue) : outstanding;
+    const size_t least = traits_.unsolicited ? std::min(outstanding, kShortestQueue) : outstanding;
+    const int rc = open_longest(wanted, least, [&](size_t size) {
+      cq.size = size;
+      return fi_cq_open(open_.domain, &cq, &open_.cq, nullptr);
+    });
+    check(rc, "opening the completion queue");
+    if (cq.size >= outstanding) return;
+    log(LogLevel::kWarn, "libfabric ", provider_, ": a completion queue of ", cq.size, " for ", outstanding,
+        " operations is the longest that it opens: use fewer endpoints");
+  }
+
+  void open_endpoints(int count) {
+    check(lib_.fabric(info_->fabric_attr, &open_.fabric, nullptr), "opening the fabric");
+    check(fi_domain(open_.fabric, info_.get(), &open_.domain, nullptr), "opening the domain");
+    open_completion_queue(static_cast<size_t>(count) * (info_->tx_attr->size + info_->rx_attr->size));
     fi_av_attr av{};
     av.type = info_->domain_attr->av_type;
     check(fi_av_open(open_.domain, &av, &open_.av, nullptr), "opening the address vector");
@@ -500,6 +536,7 @@ class LibfabricFabric final : public Fabric {
       check(fi_endpoint(open_.domain, info_.get(), &endpoint, nullptr), "opening an endpoint");
       open_.endpoints.push_back(endpoint);
       if (hmem_) forbid_cuda(endpoint);
+      if (traits_.rnr_retries) retry_for_ever(endpoint);
       check(fi_ep_bind(endpoint, &open_.cq->fid, FI_TRANSMIT | FI_RECV), "binding the completion queue");
       check(fi_ep_bind(endpoint, &open_.av->fid, 0), "binding the address vector");
       check(fi_enable(endpoint), "enabling an endpoint");
@@ -541,9 +578,16 @@ class LibfabricFabric final : public Fabric {
     }
   }
 
-  void post_receive(FabricOp& op) {
+  ssize_t try_receive(FabricOp& op) {
     auto* buffer = const_cast<std::byte*>(op.source);
-    ssize_t rc = fi_recv(open_.endpoints[0], buffer, kMessageBytes, op.local, FI_ADDR_UNSPEC, &op);
+    return fi_recv(open_.endpoints[0], buffer, kMessageBytes, op.local, FI_ADDR_UNSPEC, &op);
+  }
+
+  void post_receive(FabricOp& op) {
+    report(unposted_.post(op, [this](FabricOp& one) { return try_receive(one); }));
+  }
+
+  void report(ssize_t rc) const {
     if (rc != 0) log(LogLevel::kError, "libfabric ", provider_, ": posting a receive: ", error_text(rc));
   }
 
@@ -592,6 +636,7 @@ class LibfabricFabric final : public Fabric {
   std::vector<std::byte> receive_bytes_;
   FabricMemory receive_memory_;
   std::vector<FabricOp> receives_;
+  UnpostedReceives unposted_;
 };
 
 }  // namespace

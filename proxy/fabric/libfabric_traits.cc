@@ -20,6 +20,8 @@ std::vector<ProviderTraits> efa(const std::string& wanted, uint32_t version) {
   base.api = FI_VERSION(1, 22);
   base.hmem = true;
   base.mutual = true;
+  base.unsolicited = true;
+  base.rnr_retries = true;
   std::vector<ProviderTraits> found;
   if (version >= FI_VERSION(2, 1)) {
     ProviderTraits direct = base;

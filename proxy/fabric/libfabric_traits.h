@@ -21,7 +21,11 @@ struct ProviderTraits {
   // FI_HMEM is asked for where it is offered; the provider must not call CUDA itself, which could wait for a
   // kernel that waits for this very NIC.
   bool hmem = false;
-  bool mutual = false;            // see FabricCaps::mutual
+  bool mutual = false;  // see FabricCaps::mutual
+  // Writes with immediates use up no receive, so that only the completion queue's length holds those that
+  // come while nobody polls: as long as the device allows.
+  bool unsolicited = false;
+  bool rnr_retries = false;       // knows FI_OPT_EFA_RNR_RETRY
   bool own_message_size = false;  // messages are shorter than ep_attr->max_msg_size, which is that of writes
   bool always_immediate =
       false;  // shm: without remote data it copies straight into the peer and checks no key

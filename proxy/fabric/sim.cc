@@ -44,10 +44,11 @@ struct Port {
   std::vector<Completion> done;
   std::atomic<bool> has_inbox{false}, has_done{false};
   std::shared_mutex life;
-  std::atomic<bool> closed{false};   // no longer there; operations of its own are gone
-  std::atomic<bool> dropped{false};  // sim_drop_peer
-  std::atomic<bool> broken{false};   // sim_break_nic
-  std::atomic<bool> tells{false};    // whether its own engine hears of that
+  std::atomic<bool> closed{false};     // no longer there; operations of its own are gone
+  std::atomic<bool> dropped{false};    // sim_drop_peer
+  std::atomic<bool> broken{false};     // sim_break_nic
+  std::atomic<bool> tells{false};      // whether its own engine hears of that
+  std::atomic<bool> unplugged{false};  // sim_unplug_nic
 
   void complete(FabricOp* op, std::optional<Error> error) {
     std::lock_guard lock(mutex);
@@ -155,9 +156,10 @@ class SimFabric final : public Fabric {
                                         config_.network + "'");
     }
     peers_.push_back(std::move(port));
-    serials_.push_back(0);
     return static_cast<uint32_t>(peers_.size() - 1);
   }
+
+  void disconnect(uint32_t peer) override { peers_[peer].reset(); }
 
   Post try_write(FabricOp& op) override { return post(op); }
   Post try_read(FabricOp& op) override { return post(op); }
@@ -173,6 +175,11 @@ class SimFabric final : public Fabric {
   }
 
   size_t poll(FabricEvents& events) override {
+    if (port_->unplugged.load(std::memory_order_relaxed)) [[unlikely]] {
+      accept_arrivals();
+      pieces_.clear();
+      return 0;
+    }
     if (port_->broken.load(std::memory_order_relaxed)) [[unlikely]] {
       accept_arrivals();
       refuse_all("sim: the peer's NIC is broken");
@@ -237,13 +244,17 @@ class SimFabric final : public Fabric {
       return Post::kPosted;
     }
     Port& to = *peers_[op.peer];
+    if (port_->unplugged.load() || to.unplugged.load()) {
+      ++outstanding_;
+      return Post::kPosted;  // the same
+    }
     std::lock_guard lock(to.mutex);
     if (to.broken.load()) throw Error(ErrorKind::kPeer, "sim: the peer's NIC is broken");
     if (to.closed.load() || to.dropped.load()) {
       throw Error(ErrorKind::kPeer,
                   to.dropped.load() ? "sim: the peer is dead" : "sim: the peer closed its engine");
     }
-    if (caps_.fences && op.kind == FabricOp::Kind::kWrite && op.has_imm) op.serial = ++serials_[op.peer];
+    if (caps_.fences && op.kind == FabricOp::Kind::kWrite && op.has_imm) op.serial = ++serials_[to.name];
     op.channel = 0;
     to.inbox.push_back({&op, port_, op.length, op.kind});
     to.has_inbox.store(true, std::memory_order_release);
@@ -454,8 +465,8 @@ class SimFabric final : public Fabric {
   PeerAddress address_;
   std::shared_ptr<Port> port_;
   std::vector<std::shared_ptr<Port>> peers_;
-  std::vector<uint64_t> serials_;              // of the latest write with an immediate, by peer
-  std::map<Name, Source, BytesLess> sources_;  // by NIC of a peer
+  std::map<Name, uint64_t, BytesLess> serials_;  // of the latest write with an immediate, by NIC of a peer
+  std::map<Name, Source, BytesLess> sources_;    // by NIC of a peer
   uint32_t lost_messages_ = 0;
   std::unordered_map<uint64_t, FabricMemory> memory_;
   uint64_t next_key_ = 0;
@@ -511,6 +522,10 @@ void sim_drop_peer(const std::string& network, const Address& address) {
         arrival.from->complete(arrival.op, Error(ErrorKind::kPeer, "sim: the peer is dead"));
     }
   }
+}
+
+void sim_unplug_nic(const std::string& network, const Address& address, size_t nic) {
+  port_of(network, decode_address(address.bytes()).nic(nic), "sim_unplug_nic")->unplugged = true;
 }
 
 void sim_break_nic(const std::string& network, const Address& address, size_t nic, bool tells) {

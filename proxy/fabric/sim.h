@@ -26,4 +26,7 @@ void sim_drop_peer(const std::string& network, const Address& address);
 // it at once; otherwise it learns from operations that fail.
 void sim_break_nic(const std::string& network, const Address& address, size_t nic, bool tells);
 
+// For tests: the cable of that NIC is pulled. Nothing goes in or out, and nobody is told of anything.
+void sim_unplug_nic(const std::string& network, const Address& address, size_t nic);
+
 }  // namespace pplx

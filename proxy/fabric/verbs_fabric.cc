@@ -100,9 +100,20 @@ uint32_t VerbsFabric::connect(const PeerAddress& peer) {
   if (peer.pid_namespace != 0 && peer.pid_namespace == address_.pid_namespace && peer.host == address_.host) {
     entry.pid = peer.pid;
   }
+  if (entry.failed && !entry.numbered) {
+    throw Error(ErrorKind::kPeer, "verbs " + device_->name() + ": the connection to " + entry.label +
+                                      " is still being taken down: try again");
+  }
   entry.numbered = true;
   numbers_.push_back(entry.index);
   return static_cast<uint32_t>(numbers_.size() - 1);
+}
+
+// Without goodbye: it may write to us as before, and finds a new queue pair when it does.
+void VerbsFabric::disconnect(uint32_t number) {
+  Peer& peer = *peers_[numbers_[number]];
+  peer.numbered = false;
+  fail_peer(peer, Error(ErrorKind::kPeer, peer.label + " was removed here"));
 }
 
 VerbsFabric::Peer& VerbsFabric::known(const NicAddress& nic, const std::string& label) {

@@ -29,6 +29,7 @@ class VerbsFabric final : public Fabric {
   FabricMemory register_device_memory(const DeviceMemory& memory) override;
   void unregister_memory(const FabricMemory& memory) override;
   uint32_t connect(const PeerAddress& peer) override;
+  void disconnect(uint32_t peer) override;
   Post try_write(FabricOp& op) override { return post(op, static_cast<uint8_t>(op.rail)); }
   Post try_read(FabricOp& op) override { return post(op, static_cast<uint8_t>(op.rail)); }
   Post try_send(FabricOp& op) override { return post(op, kMessageLink); }
@@ -134,6 +135,7 @@ class VerbsFabric final : public Fabric {
   std::array<VerbsHandle<ibv_ah>, 2 * kDatagramSends> strangers_;
   uint32_t next_stranger_ = 0;
   Clock::time_point next_events_{}, next_refusal_{};
+  Presence presence_;
   bool down_ = false;
 };
 

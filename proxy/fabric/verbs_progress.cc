@@ -263,6 +263,12 @@ void VerbsFabric::look_after(Peer& peer, Clock::time_point now) {
 
 void VerbsFabric::keep_house(FabricEvents& events) {
   const auto now = Clock::now();
+  if (const auto absent = presence_.absent(now); absent > Duration::zero()) {
+    for (const auto& peer : peers_) {
+      if (peer) peer->liveness.excuse(absent);
+    }
+    for (VerbsLink* link : handshaking_) link->deadline += absent;
+  }
   for (size_t i = 0; i < broken_.size();) {
     VerbsLink* link = broken_[i];
     if (!link->drain.done(emptied_, link->outstanding() > 0, now)) {

@@ -12,7 +12,7 @@ wanted=() alone=()
 for name in "${names[@]}"; do
   case $name in
     */ProcessTest.*/verbs) alone+=("$name") ;;
-    */verbs | VerbsTest.* | VerbsFabricTest.* | VerbsMemlock.*) wanted+=("$name") ;;
+    */verbs | VerbsTest.* | VerbsFabricTest.* | VerbsMemlock.* | VerbsSuspended.*) wanted+=("$name") ;;
     */verbs_*) if [[ $name =~ \.($few)/ ]]; then wanted+=("$name"); fi ;;
   esac
 done
