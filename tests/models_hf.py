@@ -185,3 +185,33 @@ def compute(model: Any, folder: Path, *, batch: int = 4, length: int = 37, new: 
 def difference(ours: Any, theirs: np.ndarray) -> float:
     """Largest |ours - theirs| over the largest |theirs|."""
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def chunked(model: Any, tokens: np.ndarray, chunk: int) -> np.ndarray:
+    """Logits [B, S, V] by prefill in chunks with a cache, the last one padded.
+
+    With a chunk of 1 that is step by step.
+    """
+    import jax
+    from flax import nnx
+
+    from pplx_jax.models.programs import Programs
+
+    programs, state = Programs.of(model), nnx.state(model)
+    batch, length = tokens.shape
+    caches = programs.caches(model, batch, -(-length // chunk) * chunk)
+    graph = nnx.split(model)[0]
+
+    @jax.jit
+    def step(state, caches, part, start, live):
+        logits, caches, _ = nnx.merge(graph, state).step(part, caches, start, num_tokens=live)
+        return model.placement.constrain(logits), caches
+
+    found = []
+    for start in range(0, length, chunk):
+        part = tokens[:, start : start + chunk]
+        live = part.shape[1]
+        part = np.pad(part, ((0, 0), (0, chunk - live)))
+        logits, caches = step(state, caches, *map(programs.place, (part, np.int32(start), np.int32(live))))
+        found.append(np.asarray(logits)[:, :live])
+    return np.concatenate(found, axis=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from models_hf import TOLERANCE, VARIANTS, VOCAB, build, compute, difference
+from models_hf import TOLERANCE, VARIANTS, VOCAB, build, chunked, compute, difference
 
 from pplx_jax import models
 from pplx_jax.models.programs import Programs
@@ -32,26 +32,6 @@ def references(tmp_path_factory):
 def mesh_of(**axes):
     count = int(np.prod(list(axes.values())))
     return Mesh(np.array(jax.devices()[:count]).reshape(tuple(axes.values())), tuple(axes))
-
-
-def chunked(model, tokens, chunk):
-    """Logits [B, S, V] by prefill in chunks with a cache, the last one padded."""
-    programs, state = Programs.of(model), nnx.state(model)
-    batch, length = tokens.shape
-    caches = programs.caches(model, batch, -(-length // chunk) * chunk)
-    step = jax.jit(
-        lambda state, caches, part, start, live: nnx.merge(nnx.split(model)[0], state).step(
-            part, caches, start, num_tokens=live
-        )
-    )
-    found = []
-    for start in range(0, length, chunk):
-        part = tokens[:, start : start + chunk]
-        live = part.shape[1]
-        part = np.pad(part, ((0, 0), (0, chunk - live)))
-        logits, caches, _ = step(state, caches, *map(programs.place, (part, np.int32(start), np.int32(live))))
-        found.append(np.asarray(logits)[:, :live])
-    return np.concatenate(found, axis=1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
