@@ -5,7 +5,8 @@ demands that it is what docs/reliability.md says; ``python tests/faults.py`` wri
 
 A *stage* is a place in one rank's step, before an exchange's send or between its send and its recv, forward
 and backward: a callback on the host between the halves of the exchanges, at which the rank's process does to
-itself what the fault says. The other ranks wait for it, or have all they need and learn of it later.
+itself what the fault says. The other ranks wait for it, or have all they need and learn of it later. A step
+of whole exchanges ("blocking") has callbacks before them only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import resource
 import signal
 import socket
@@ -35,8 +37,11 @@ from pplx_jax.testing import HostPool, ProcessPool  # noqa: E402 - starts no JAX
 #: Seconds of silence after which a peer counts as dead, and how long ranks are stopped.
 TIMEOUT = 3.0
 SHORT, LONG = 0.4 * TIMEOUT, 1.7 * TIMEOUT
-#: What a survivor may take to raise: silence, the monitor's interval, and a busy machine of two cores.
-DEADLINE = 3 * TIMEOUT
+#: What a survivor may take to raise, from the beginning of the step: silence, the monitor's interval of an
+#: eighth of that, and a busy machine of two cores. Whoever has a message under way to the dead raises at once.
+DEADLINE = 1.5 * TIMEOUT
+#: When a rank that should have raised is given up.
+PATIENCE = 6 * DEADLINE
 #: What a close may take: two seconds for its last writes, and the same.
 CLOSING = 4.0
 RANKS = 3
@@ -47,7 +52,7 @@ MOST_DEATHS = 4
 RECOVERABLE = {"JAX_ENABLE_RECOVERABILITY": "1"}
 
 EXCHANGES = ("dispatch", "combine", "combine transpose", "dispatch transpose")
-STAGES = tuple(f"{exchange}, {when}" for exchange in EXCHANGES for when in ("not sent", "sent"))
+STAGES = tuple(f"{exchange}, {when}" for exchange in EXCHANGES for when in ("not sent", "sent", "blocking"))
 
 FAULTS = {
     "kill": "`kill -9`",
@@ -78,8 +83,8 @@ def _reached(stage: str, value: Any) -> Any:
     return value
 
 
-def make_step(ep: Any) -> Any:
-    """Value, out and gradients of a step in halves, with a callback at every stage."""
+def make_step(ep: Any, blocking: bool) -> Any:
+    """Value, out and gradients of a step, in halves or of whole exchanges, with a callback at every stage."""
     import jax
     from jax.sharding import PartitionSpec as P
     from moe_oracle import experts
@@ -98,17 +103,25 @@ def make_step(ep: Any) -> Any:
         lambda forward, backward, _, d: (at(backward, d) if backward else d,),
     )
 
+    def whole(x: Any, indices: Any, weights: Any, scale: Any) -> Any:
+        batch, route = ep.dispatch(gate("dispatch, blocking", "", x), indices, weights)
+        y = gate("combine, blocking", "dispatch transpose, blocking", experts(batch, scale))
+        return gate("", "combine transpose, blocking", ep.combine(y, route))
+
+    def halves(x: Any, indices: Any, weights: Any, scale: Any) -> Any:
+        x = gate("dispatch, not sent", "", x)
+        sent = ep.dispatch_send(x, indices, weights)
+        ticket = gate("dispatch, sent", "dispatch transpose, sent", sent.ticket)
+        batch, route = ep.dispatch_recv(dataclasses.replace(sent, ticket=ticket))
+        y = gate("combine, not sent", "dispatch transpose, not sent", experts(batch, scale))
+        going = ep.combine_send(y, route)
+        ticket = gate("combine, sent", "combine transpose, sent", going.ticket)
+        out = ep.combine_recv(dataclasses.replace(going, ticket=ticket))
+        return gate("", "combine transpose, not sent", out)
+
     def per_shard(x: Any, indices: Any, weights: Any, scale: Any) -> Any:
         def loss(x: Any, weights: Any) -> Any:
-            x = gate("dispatch, not sent", "", x)
-            sent = ep.dispatch_send(x, indices, weights)
-            ticket = gate("dispatch, sent", "dispatch transpose, sent", sent.ticket)
-            batch, route = ep.dispatch_recv(dataclasses.replace(sent, ticket=ticket))
-            y = gate("combine, not sent", "dispatch transpose, not sent", experts(batch, scale))
-            going = ep.combine_send(y, route)
-            ticket = gate("combine, sent", "combine transpose, sent", going.ticket)
-            out = ep.combine_recv(dataclasses.replace(going, ticket=ticket))
-            out = gate("", "combine transpose, not sent", out)
+            out = (whole if blocking else halves)(x, indices, weights, scale)
             return (out**2).sum(), out
 
         (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, weights)
@@ -150,11 +163,11 @@ class Session:
         self.mesh = Mesh(np.array([devices[process] for process in members]), ("ep",))
         self.fabric = fabric
         self.sharding = jax.NamedSharding(self.mesh, PartitionSpec("ep"))
-        self.step: Any = None
+        self.steps: dict[bool, Any] = {}
         self.truth: Any = None
 
-    def open(self) -> None:
-        """A new group, whose first step gives the right bytes."""
+    def open(self, stage: str = "") -> None:
+        """A new group, whose first step gives the right bytes: a step that comes to ``stage``."""
         import jax
         from moe_oracle import Case, dense
 
@@ -165,10 +178,13 @@ class Session:
             self.mesh, name="faults", fabric=self.fabric, timeout=TIMEOUT, stall_timeout=30, **SHAPE
         )
         self.ep.connect()  # before anything that takes long on one rank only
-        if self.step is None:
+        blocking = stage.endswith("blocking")
+        if blocking not in self.steps:
+            self.steps[blocking] = make_step(self.ep, blocking)
+        self.step = self.steps[blocking]
+        if self.truth is None:
             case = Case(self.ep, 8, 1)
             self.args = [self.put(a) for a in case.args[:4]]
-            self.step = make_step(self.ep)
 
             def loss(x: Any, w: Any) -> Any:
                 return (dense(x, case.indices, w, case.scale, case.valid()) ** 2).sum()
@@ -227,11 +243,11 @@ class Session:
         return Seen(self.rank, kind, text, seconds, time.monotonic() - before, outputs, _left())
 
 
-def open_session(key: str, members: Sequence[int], fabric: str) -> None:
+def open_session(key: str, members: Sequence[int], fabric: str, stage: str = "") -> None:
     if key not in _kept:
         _kept[key] = Session(members, fabric)
         _kept["sockets"] = set(_sockets())  # those of JAX's own services
-    _kept[key].open()
+    _kept[key].open(stage)
 
 
 def close_session(key: str) -> None:
@@ -300,7 +316,7 @@ def suffer(key: str, fault: str, stage: str, folder: str) -> Seen:
     if session.rank == VICTIM:
         _trap.append((stage, acts[fault]))
     # Where there may be no error to wait for: until the monitor would have had one.
-    seen: Seen = session.suffer(2 * TIMEOUT if fault in ("pause", "sockets") else 3 * DEADLINE)
+    seen: Seen = session.suffer(2 * TIMEOUT if fault in ("pause", "sockets") else PATIENCE)
     assert not _trap, "the stage was not reached"
     return seen
 
@@ -326,10 +342,10 @@ def killed_one_by_one(stages: Sequence[str], fabric: str, folder: str) -> list[S
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             session = Session([0, 1, victim], fabric)
-            session.open()
+            session.open(stage)
             if me == victim:
                 _trap.append((stage, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-            results.append(session.suffer(3 * DEADLINE))
+            results.append(session.suffer(PATIENCE))
             assert me != victim
     survivors = Session([0, 1], fabric)
     survivors.open()
@@ -404,13 +420,18 @@ class Result:
                     return f"{who}raised after {one.seconds:.1f} s"
         return ""
 
-    def cell(self) -> str:
-        """For the table."""
+    def outcome(self) -> str:
+        """In words."""
         if problem := self.problem():
             return f"**{problem}**"
         if self.fault == "pause":
             return "waited for"
         return "named, or mended" if self.fault == "sockets" else "named"
+
+    def cell(self) -> str:
+        """For the table: with the seconds of the survivor that raised last."""
+        raised = [one.seconds for one in self.seen if one.kind and one.rank != VICTIM]
+        return self.outcome() + (f", {max(raised):.1f} s" if raised else "")
 
 
 @contextlib.contextmanager
@@ -440,7 +461,7 @@ def run(pool: HostPool, fault: str, stages: Sequence[str]) -> Iterator[Result]:
     processes."""
     members = tuple(range(RANKS))
     for stage in stages:
-        pool.run(open_session, "session", members, "tcp")
+        pool.run(open_session, "session", members, "tcp", stage)
         with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
             folder = Path(name)
             if fault == "unplug":
@@ -477,6 +498,12 @@ def run_kills(fault: str, stages: Sequence[str]) -> Iterator[Result]:
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
+
+
+def parse_cell(cell: str) -> tuple[str, float | None]:
+    """Outcome and seconds of a cell, the latter None where nobody raised."""
+    timed = re.fullmatch(r"(.*), (\d+\.\d) s", cell)
+    return (timed[1], float(timed[2])) if timed else (cell, None)
 
 
 def read_table(text: str) -> dict[tuple[str, str], str]:
