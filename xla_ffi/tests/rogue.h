@@ -1,6 +1,7 @@
 // A rank made by hand from engine calls, that says what a test wants it to say.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -78,7 +79,10 @@ class Rogue {
     to_regions_ = engine_.open(RegionDescriptor(theirs_.regions));
     to_notices_ = engine_.open(RegionDescriptor(theirs_.notices));
   }
-  ~Rogue() { real_->group.close(); }
+  ~Rogue() {
+    real_->group.close();
+    engine_.close();  // before what it sends from, and what it tells, where a test has failed meanwhile
+  }
 
   Member& real() { return *real_; }
   uint32_t nonce() const { return theirs_.nonce; }
@@ -117,7 +121,7 @@ class Rogue {
  private:
   void write(const RemoteRegion& to, size_t offset, const Bytes& bytes, uint32_t imm) {
     std::memcpy(scratch_->data(), bytes.data(), bytes.size());
-    CompletionCounter done;
+    CompletionCounter& done = sent_.emplace_back();
     engine_.write({.source = scratch_.get(),
                    .target = &to,
                    .target_offset = offset,
@@ -125,6 +129,7 @@ class Rogue {
                    .imm = imm},
                   &done);
     ASSERT_TRUE(engine_.wait_until([&] { return done.done() == 1; }, Clock::now() + 20s));
+    sent_.pop_back();
   }
 
   Problem problem_;
@@ -133,6 +138,7 @@ class Rogue {
   std::unique_ptr<Member> real_;
   Endpoint theirs_;
   std::shared_ptr<Region> regions_, notices_, scratch_;
+  std::deque<CompletionCounter> sent_;  // not complete
   std::shared_ptr<RemoteRegion> to_regions_, to_notices_;
 };
 
