@@ -23,7 +23,7 @@ from test_multiprocess import error_of, group, train
 import pplx_jax
 from pplx_jax import demo_rank
 from pplx_jax.engine import TransferEngine
-from pplx_jax.engine_types import ScatterEntry
+from pplx_jax.engine_types import Nic, ScatterEntry
 from pplx_jax.testing import HostPool, Hosts, Network, ProcessFailure, remove_leftovers, slurm_environment
 from pplx_jax.testing.network import _Namespaces
 
@@ -337,6 +337,45 @@ def test_a_pulled_cable_is_a_dead_peer(hosts, isolated):
             assert closing < 5
     # The cable is back: a new group of the same processes works.
     check_train(pool.run(train, "tcp", 2))
+
+
+def open_nics(addresses):
+    nics = [Nic(bind_address=address) for address in addresses[socket.gethostname()]]
+    engine = _kept["engine"] = TransferEngine("tcp", nics=nics, timeout=2)
+    _kept["inbox"] = engine.empty(1000)
+    return socket.gethostname(), _kept["inbox"].descriptor
+
+
+def write_rounds(peers, most):
+    """Four writes at a time, until two rounds in a row have lost none: what became of each."""
+    engine = _kept["engine"]
+    (descriptor,) = [descriptor for name, descriptor in peers if name != socket.gethostname()]
+    rounds = []
+    while len(rounds) < most and (len(rounds) < 2 or any(rounds[-1] + rounds[-2])):
+        writes = [engine.write(_kept["inbox"], descriptor, 500) for _ in range(4)]
+        rounds.append([error_name(write.exception(20)) for write in writes])
+    (peer,) = engine.stats()["peers"]
+    return rounds, peer["paths"]
+
+
+def error_name(error):
+    return "" if error is None else type(error).__name__
+
+
+def close_engine():
+    _kept.pop("engine").close()
+
+
+def test_an_engine_leaves_a_nic_whose_cable_is_pulled(isolated):
+    with HostPool(2, nics=2, distributed=False, timeout=60) as pool:
+        peers = pool.run(open_nics, {host.name: host.addresses for host in pool.network.hosts})
+        assert pool.run(write_rounds, peers, 4) == [([[""] * 4] * 2, 2)] * 2
+        with pool.network.unplugged(1, nic=1):
+            for rounds, paths in pool.run(write_rounds, peers, 8):
+                assert {error for lost in rounds for error in lost} <= {"", "TimeoutError", "PeerError"}
+                assert rounds[-2:] == [[""] * 4] * 2, rounds
+                assert paths == 1
+            pool.run(close_engine)
 
 
 @pytest.mark.slow
