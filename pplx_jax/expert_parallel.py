@@ -444,7 +444,8 @@ class ExpertParallel:
         given = list(ranks)
         for rank in given:
             if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-                raise TypeError(f"ranks must be ints, got {rank!r}")
+                why = ": the error holds nobody responsible" if rank is None else ""
+                raise TypeError(f"ranks must be ints, got {rank!r}{why}")
         self._membership.mask(frozenset(int(rank) for rank in given))
 
     @property

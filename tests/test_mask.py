@@ -298,6 +298,8 @@ def test_one_process_has_nobody_to_mask():
     with ExpertParallel(make_mesh(2), name="one process", **SMALL) as ep:
         with pytest.raises(ValueError, match="of this process"):
             ep.mask([1])
+        with pytest.raises(TypeError, match="nobody responsible"):
+            ep.mask([errors.RoutingError("of data").rank])
         assert ep.masked == ()
         assert ep.stats()["masked"] is None
         case = Case(ep, 8, 0)
