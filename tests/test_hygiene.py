@@ -126,6 +126,12 @@ def test_regions_that_nobody_holds_are_unregistered():
         assert engine.stats()["registrations"] == 0
 
 
+def test_a_group_tells_what_it_has_registered():
+    with ExpertParallel(make_mesh(2), name="registered", **SMALL) as ep:
+        ep.connect()
+        assert [rank["registrations"] > 0 for rank in ep.stats()["ranks"]] == [True, True]
+
+
 def test_what_is_there_is_seen():
     # That the tests above could tell.
     before = descriptors(), threads()
