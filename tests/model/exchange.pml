@@ -21,6 +21,11 @@
 #ifndef FAULTS    /* ranks that die or time out, 0 or 1 */
 #define FAULTS 0
 #endif
+/* For walks through a part of a space: what chance seldom brings is drawn at the start, namely how many exchanges come
+ * before the fault, and whether local completions wait until all lanes have been used. */
+#ifndef DRAWN
+#define DRAWN 0
+#endif
 /* When bytes land: ANY time before their immediate (0), as they are posted (1), or with their immediate (2). Whatever
  * goes wrong the earlier they land (P1) goes wrong in 1, whatever the later (P2, P3) in 2: for large spaces. */
 #ifndef TIMING
@@ -28,6 +33,9 @@
 #endif
 #ifndef COMPLETIONS  /* local completions of sends are modelled */
 #define COMPLETIONS 1
+#endif
+#ifndef SMALL_BUFFER /* a send buffer holds one message: an exchange drains it between its messages (P3) */
+#define SMALL_BUFFER 0
 #endif
 
 /* Seeded bugs, each switched on by its name. */
@@ -57,6 +65,12 @@ byte lane_of[LAST], use_of[LAST];
 #define ALL ((1 << LAST) - 1)
 #define UPTO(q) ((1 << (q)) - 1)  /* exchanges before q, as bits */
 #define SH(s) ((s) == 0 -> SHARDS : 1)
+/* What a send buffer holds when the message to d of a lane's use u is packed; 0 before any. */
+#if SMALL_BUFFER
+#define CONTENT(u, d) ((u) * RANKS + (d) + 1)
+#else
+#define CONTENT(u, d) ((u) + 1)
+#endif
 #ifdef BUG_SHARDS_OF_THE_RECEIVER
 #define EXPECTED(s, d) SH(d)
 #else
@@ -82,19 +96,27 @@ typedef Rank_ {
   byte state, culprit;
   byte next;                      /* number of the next exchange to send */
   byte received;                  /* bits of exchanges */
-  byte buffer[LANES];             /* what the send buffer holds: use + 1 */
+  byte buffer[LANES];             /* what the send buffer holds */
   byte count[LANES * RANKS];      /* immediates, by lane and source */
   byte notice[RANKS];             /* by source: 0 none, 1 + culprit under way */
 }
 Rank_ rank[RANKS];
 byte faults = FAULTS;
+#if DRAWN
+byte before_fault, before_completions;
+#define MAY_COMPLETE(s) (rank[s].next >= before_completions)
+#define MAY_FAIL(r) (faults > 0 && rank[r].received >= UPTO(before_fault))
+#else
+#define MAY_COMPLETE(s) true
+#define MAY_FAIL(r) (faults > 0)
+#endif
 
 /* ---- NICs ---- */
 
 /* P1: what was there has been read. P3: the NIC reads what was packed. */
 #define LAND(l, u) \
   assert(was_read(d, l, u)); \
-  assert(!COMPLETIONS || !(LINK(s, d, h).unread[l] & (1 << u)) || rank[s].buffer[l] == u + 1); \
+  assert(!COMPLETIONS || !(LINK(s, d, h).unread[l] & (1 << u)) || rank[s].buffer[l] == CONTENT(u, d)); \
   LINK(s, d, h).region[l] = u + 1
 /* P2: counted for its own exchange. */
 #define COUNT(l, u) \
@@ -125,7 +147,7 @@ byte faults = FAULTS;
 #if COMPLETIONS
 /* P3: until now the NIC might have sent the buffer once more. */
 #define COMPLETE_LOCALLY(l, u) \
-  :: d_step { (LINK(s, d, h).unread[l] & (1 << u)) -> assert(rank[s].buffer[l] == u + 1); CLEAR(unread, l, u) }
+  :: d_step { MAY_COMPLETE(s) && (LINK(s, d, h).unread[l] & (1 << u)) -> assert(rank[s].buffer[l] == CONTENT(u, d)); CLEAR(unread, l, u) }
 #else
 #define COMPLETE_LOCALLY(l, u)
 #endif
@@ -219,7 +241,7 @@ inline fail(r, who) {
 
 /* What may happen at any point of a program instead of its next step. */
 #define FAULT \
-  :: d_step { faults > 0 -> faults--; rank[r].state = DEAD } -> goto out \
+  :: d_step { MAY_FAIL(r) -> faults--; rank[r].state = DEAD } -> goto out \
   :: d_step { NOTICED(r) -> rank[r].state = FAILED; rank[r].culprit = CULPRIT(r) } -> goto out \
   :: A_DEATH -> fail(r, THE_DEAD); goto out            /* P26: its heartbeats stop */
 
@@ -238,8 +260,45 @@ inline fail(r, who) {
 #define OPEN_2(r) false
 #endif
 
+/* The wait for local completions before a send buffer is packed. Its deadline names nobody (P25), and nothing is packed
+ * after it: what it waited for may still be read. */
+#if FAULTS && COMPLETIONS
+#define SEND_TIMES_OUT \
+  :: d_step { MAY_FAIL(r) && !BUFFER_FREE(r) -> faults-- } -> fail(r, NOBODY); AFTER_THE_TIMEOUT
+#else
+#define SEND_TIMES_OUT
+#endif
+#ifdef BUG_BUFFER_REUSED_AFTER_TIMEOUT
+#define AFTER_THE_TIMEOUT skip
+#else
+#define AFTER_THE_TIMEOUT goto out
+#endif
+
+/* Packs lane LANE(q)'s send buffer with the message to one rank and posts it. */
+inline post(r, to) {
+  rank[r].buffer[LANE(q)] = CONTENT(USE(q), to);
+  h = 0;
+  do
+  :: h < SH(r) ->
+       LINK(r, to, h).flying[LANE(q)] = LINK(r, to, h).flying[LANE(q)] | (1 << USE(q));
+#if TIMING == 1
+       assert(!READS(to) || was_read(to, LANE(q), USE(q)));
+       LINK(r, to, h).region[LANE(q)] = USE(q) + 1;
+#endif
+#if COMPLETIONS
+       LINK(r, to, h).unread[LANE(q)] = LINK(r, to, h).unread[LANE(q)] | (1 << USE(q));
+#endif
+       h++
+  :: else -> break
+  od;
+  h = 0
+}
+
 proctype Rank(byte r) {
   byte q, to, h;
+#if SMALL_BUFFER   /* for 3 ranks: with 2 an exchange has one message */
+  byte other;
+#endif
   do
   :: rank[r].received == ALL -> d_step { rank[r].state = DONE } -> break
 #if FAULTS
@@ -255,44 +314,62 @@ proctype Rank(byte r) {
 #endif
 #if FAULTS
        FAULT
+       SEND_TIMES_OUT
 #endif
        fi;
+#if SMALL_BUFFER
+       other = (r == 0 -> 1 : 0);
+       d_step { post(r, other) };
+       if
+#ifdef BUG_FULL_BUFFER_NOT_DRAINED
+       :: skip
+#else
+       :: BUFFER_FREE(r)
+#endif
+#if FAULTS
+       FAULT
+       SEND_TIMES_OUT
+#endif
+       fi;
+       other = (r == 2 -> 1 : 2);
+       d_step { post(r, other); rank[r].next++; other = 0; q = 0 }
+#else
        d_step {
          rank[r].next++;
-         rank[r].buffer[LANE(q)] = USE(q) + 1;
          to = 0;
          do
          :: to < RANKS ->
-              h = 0;
-              do
-              :: to != r && h < SH(r) ->
-                   LINK(r, to, h).flying[LANE(q)] = LINK(r, to, h).flying[LANE(q)] | (1 << USE(q));
-#if TIMING == 1
-                   assert(!READS(to) || was_read(to, LANE(q), USE(q)));
-                   LINK(r, to, h).region[LANE(q)] = USE(q) + 1;
-#endif
-#if COMPLETIONS
-                   LINK(r, to, h).unread[LANE(q)] = LINK(r, to, h).unread[LANE(q)] | (1 << USE(q));
-#endif
-                   h++
-              :: else -> break
-              od;
+              if
+              :: to != r -> post(r, to)
+              :: else
+              fi;
               to++
          :: else -> break
          od;
-         to = 0; h = 0; q = 0
+         to = 0; q = 0
        }
+#endif
+#ifdef BUG_BUFFER_REUSED_AFTER_TIMEOUT
+       if
+       :: rank[r].state == FAILED -> goto out
+       :: else
+       fi
+#endif
   :: OPEN(r, 0) || OPEN_1(r) || OPEN_2(r) ->
        if
        :: OPEN(r, 0) -> q = rank[r].next - 1
+#if WINDOW > 1
        :: OPEN_1(r) -> q = rank[r].next - 2
+#endif
+#if WINDOW > 2
        :: OPEN_2(r) -> q = rank[r].next - 3
+#endif
        fi;
        if
        :: COMPLETE(r, q)
 #if FAULTS
        FAULT
-       :: d_step { faults > 0 && !COMPLETE(r, q) -> faults-- } -> fail(r, MISSING(r, q)); goto out   /* P25 */
+       :: d_step { MAY_FAIL(r) && !COMPLETE(r, q) -> faults-- } -> fail(r, MISSING(r, q)); goto out   /* P25 */
 #endif
        fi;
        assert(INTACT(r, q));      /* P2: complete means that the bytes are here; */
@@ -361,6 +438,19 @@ end:
 init {
   byte a, b, c;
   atomic {
+#if DRAWN
+    if
+    :: before_fault = 0
+    :: before_fault = LAST / 2
+    :: before_fault = LAST - 1
+    fi;
+#if !SMALL_BUFFER
+    if
+    :: before_completions = LANES
+    :: before_completions = 0
+    fi;
+#endif
+#endif
 #ifdef BUG_REGIONS_BY_KIND
     byte q, k0, k1;
     select(kinds : 0 .. 31);
