@@ -48,16 +48,31 @@ joined() {
 # (`stage ... || ...`): bash would ignore the `set -e`.
 status=0
 skip_reason=$(mktemp)
+logs=$(mktemp -d)
 stage() {
   local name=$1 begin=$SECONDS
   shift
   if [[ -n $ONLY && " $ONLY setup " != *" $name "* ]]; then return 0; fi
   say "${bold}==> $name${plain}"
-  (
-    set -e
-    "$@"
-  )
-  status=$?
+  if [[ -t 1 ]]; then
+    (
+      set -e
+      "$@"
+    )
+    status=$?
+  else # where nobody watches, what a failed stage printed last is said again at the end
+    local out tee
+    exec {out}> >(tee "$logs/$name")
+    tee=$!
+    (
+      set -e
+      "$@"
+    ) >&"$out" 2>&1
+    status=$?
+    exec {out}>&-
+    # Not for ever: something that the stage left behind may hold the pipe.
+    for _ in {1..30}; do kill -0 "$tee" 2>/dev/null && sleep 0.1; done
+  fi
   if ((status == 0)); then
     passed+=("$name")
     say "${bold}<== $name: passed in $(duration $((SECONDS - begin)))${plain}"
@@ -77,7 +92,13 @@ skip() {
 finish() {
   local status=$? notes=''
   trap - EXIT
-  rm -f "$skip_reason"
+  local name
+  for name in "${failed[@]}"; do
+    [[ -f $logs/$name ]] || continue
+    say "${bold}==> $name ended with${plain}"
+    tail -n 25 "$logs/$name"
+  done
+  rm -rf "$skip_reason" "$logs"
   ((${#skipped[@]})) && notes="; skipped: $(joined "${skipped[@]}")"
   if ((${#failed[@]})); then
     say "make $COMMAND: FAILED ($(joined "${failed[@]}")$notes; $(duration $((SECONDS - started))))"
