@@ -38,8 +38,9 @@ from pplx_jax.testing import HostPool, ProcessPool  # noqa: E402 - starts no JAX
 TIMEOUT = 3.0
 SHORT, LONG = 0.4 * TIMEOUT, 1.7 * TIMEOUT
 #: What a survivor may take to raise, from the beginning of the step: silence, the monitor's interval of an
-#: eighth of that, and a busy machine of two cores. Whoever has a message under way to the dead raises at once.
-DEADLINE = 1.5 * TIMEOUT
+#: eighth of that, and the rest for a busy machine of two cores. Whoever has a message under way to the dead
+#: raises at once.
+DEADLINE = 2 * TIMEOUT
 #: When a rank that should have raised is given up.
 PATIENCE = 6 * DEADLINE
 #: What a close may take: two seconds for its last writes, and the same.

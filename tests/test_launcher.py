@@ -197,9 +197,8 @@ def test_a_timeout_shows_every_stack():
 @pytest.mark.slow
 def test_a_timeout_ends_grandchildren(tmp_path):
     path = tmp_path / "pid"
-    with pytest.raises(ProcessFailure, match="did not return"):
-        with ProcessPool(1, timeout=60) as pool:
-            pool.run(leave_a_grandchild, str(path), timeout=5)
+    with pytest.raises(ProcessFailure, match="did not return"), ProcessPool(1, timeout=60) as pool:
+        pool.run(leave_a_grandchild, str(path), timeout=5)
     pid = int(path.read_text())
     deadline = time.monotonic() + 5
     while alive(pid) and time.monotonic() < deadline:
