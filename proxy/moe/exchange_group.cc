@@ -422,17 +422,30 @@ void ExchangeGroup::read_refusals(uint32_t lane, const std::string& where) {
 
 void ExchangeGroup::beat() {
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
-    const Peer& peer = *peers_[rank];
+    Peer& peer = *peers_[rank];
     if (rank == config_.rank || peer.gone) continue;
+    peer.beats.control = control_.get();
     try {
       engine_->write(
           {.target = peer.notice_region.get(), .imm = immediate(peer.nonce, config_.rank, kHeartbeatLane)},
-          control_.get());
+          &peer.beats);
       ++control_posted_;
     } catch (const Error& error) {
       note(LogLevel::kDebug, latest_exchange(), Field("event", "no_heartbeat"), ' ', Field("peer", rank), ' ',
            Field("message", error.what()));
     }
+  }
+}
+
+// Whoever closes breaks the connection too, but its notice came before that and is read by then.
+void ExchangeGroup::check_refused_beats() {
+  constexpr uint32_t kMany = 3;
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    const Peer& peer = *peers_[rank];
+    if (rank == config_.rank || peer.gone || peer.beats.in_a_row < kMany) continue;
+    return fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + rank_name(rank) +
+                                            " cannot be reached any more: " + peer.beats.error->what()),
+                rank);
   }
 }
 
@@ -478,6 +491,7 @@ void ExchangeGroup::monitor() {
     if (closed_) break;
     read_notices();
     if (!failed_ && refused()) read_refusals(lanes_, "");
+    if (!failed_) check_refused_beats();
     const auto now = Clock::now();
     // Beyond twice the interval this process was stopped (SIGSTOP, a suspended machine) or got no core.
     if (!failed_) check_liveness(now, std::max<Duration>(now - before - 2 * interval, Duration(0)));

@@ -177,6 +177,7 @@ class ExchangeGroup {
 
   void monitor();
   void beat();
+  void check_refused_beats();
   void check_liveness(Clock::time_point now, Duration absent);
   // Records the failure unless there is one. Returns whether it is the first.
   bool record_failure(const Error& error, uint32_t culprit, bool heard);

@@ -9,6 +9,24 @@
 namespace pplx::moe {
 
 struct ExchangeGroup::Peer {
+  // Where the completions of heartbeats to it go. One that fails says little, as others may go by another
+  // NIC; but all of them fail once the engine has given the peer up.
+  struct Beats final : CompletionSink {
+    CompletionCounter* control = nullptr;
+    std::optional<Error> error;  // the first, once `any`
+    std::atomic<bool> any{false};
+    std::atomic<uint32_t> in_a_row{0};
+    void complete(const Error* failure) noexcept override {
+      const bool refused = failure != nullptr && failure->kind() == ErrorKind::kPeer;
+      if (refused && !any) {
+        error = *failure;
+        any = true;
+      }
+      in_a_row = refused ? in_a_row + 1 : 0;
+      control->complete(failure);
+    }
+  };
+
   uint32_t nonce = 0;
   uint32_t shards = 1;  // immediates a message of this peer consists of
   std::string process;
@@ -23,6 +41,7 @@ struct ExchangeGroup::Peer {
   std::atomic<uint64_t> last_words{0};  // after sending this many exchanges
   uint64_t signs = 0;                   // of life, by the monitor alone
   Clock::time_point last_sign;
+  Beats beats;
   std::atomic<uint64_t> sent_bytes{0}, received_bytes{0};
   std::atomic<int64_t> waited_ns{0}, longest_wait_ns{0};
   std::atomic<double> recent_wait_ns{0};  // as of the exchange

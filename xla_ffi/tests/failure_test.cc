@@ -161,6 +161,18 @@ TEST(Death, IsNoticedBetweenExchanges) {
   expect_error(cluster[1].group.failure(), ErrorKind::kPeer, "rank 0");
 }
 
+// Long before it has been silent for the timeout, where the network tells.
+TEST(Death, ABrokenConnectionIsNoticedBetweenExchanges) {
+  EngineConfig engine = local();
+  engine.sim.network = "broken connection";
+  Cluster cluster(small(3), engine, [](GroupConfig& config) { config.timeout = 600s; });
+  sim_drop_peer("broken connection", Endpoint::parse(cluster[1].group.endpoint()).address());
+  for (const int rank : {0, 2}) {
+    EXPECT_TRUE(eventually([&] { return cluster[rank].group.failure().has_value(); }));
+    expect_error(cluster[rank].group.failure(), ErrorKind::kPeer, "rank 1");
+  }
+}
+
 // A process that was stopped must not take its own absence for its peers' silence, whether or not their signs
 // of life are the first thing that it sees when it goes on.
 TEST(Death, AStopOfThisProcessBlamesNobody) {
