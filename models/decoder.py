@@ -78,20 +78,20 @@ def check_tokens(config: DecoderConfig, tokens: Any, length: int) -> None:
 
 
 def check_range(config: DecoderConfig, tokens: Any) -> None:
-    """Whether tokens are of a model's vocabulary; of an array over several processes, this one's part.
+    """Whether tokens are of a model's vocabulary. Not of an array whose parts lie on several processes: one
+    that raised by its part would leave the others waiting.
 
     Raises:
       ModelError: some aren't.
     """
-    parts = [tokens]
-    if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
-        parts = [shard.data for shard in tokens.addressable_shards]
-    for part in map(np.asarray, parts):
-        if part.size and (part.min() < 0 or part.max() >= config.vocab_size):
-            raise ModelError(
-                f"tokens must be from 0 to {config.vocab_size - 1}, got {part.min()} to {part.max()}: "
-                f"do they come from this model's tokenizer?"
-            )
+    if isinstance(tokens, jax.Array) and not (tokens.is_fully_addressable or tokens.is_fully_replicated):
+        return
+    whole = np.asarray(tokens)
+    if whole.size and (whole.min() < 0 or whole.max() >= config.vocab_size):
+        raise ModelError(
+            f"tokens must be from 0 to {config.vocab_size - 1}, got {whole.min()} to {whole.max()}: "
+            f"do they come from this model's tokenizer?"
+        )
 
 
 class Block(nnx.Module):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from flax import nnx
 from pplx_jax.models.config import DecoderConfig
 from pplx_jax.models.decoder import Decoder, LayerReport, check_range, check_tokens
 from pplx_jax.models.errors import ModelError
-from pplx_jax.models.programs import Programs
+from pplx_jax.models.programs import Programs, failed_elsewhere
 from pplx_jax.models.sharding import Placement
 from pplx_jax.models.sizes import prefill_chunk as default_chunk
 
@@ -192,18 +192,20 @@ def _stream(
         tokens: np.ndarray[Any, Any], position: int, num_tokens: int | None = None
     ) -> np.ndarray[Any, np.dtype[np.int32]]:
         nonlocal caches
-        chosen, caches, reports = programs.step(
-            state,
-            caches,
-            tokens,
-            position,
-            num_tokens=num_tokens,
-            options=options,
-            report=report is not None,
-        )
-        # Waits, too: programs queued without a pause can starve each other of threads on CPU.
-        token = np.asarray(chosen)
-        model.placement.check()
+        with model.placement.checking():
+            chosen, caches, reports = programs.step(
+                state,
+                caches,
+                tokens,
+                position,
+                num_tokens=num_tokens,
+                options=options,
+                report=report is not None,
+            )
+            # Waits, too: programs queued without a pause can starve each other of threads on CPU.
+            token = np.asarray(chosen)
+        if (token < 0).any():
+            raise failed_elsewhere()
         if report is not None:
             report(reports)
         return token
@@ -261,7 +263,8 @@ def generate(
 
     Raises:
       ModelError: an argument has a wrong type or range, or the prompt exceeds the context or the cache.
-      PplxError: an exchange failed, see `pplx_jax.ExpertParallel.check`.
+      PplxError: an exchange failed, see `pplx_jax.ExpertParallel.check`; on all processes, where the mesh
+        has several groups of experts, if data of one was wrong.
     """
     steps = list(
         stream(

@@ -14,10 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pplx_jax.errors import PplxError
 from pplx_jax.models.cache import LayerCache
 from pplx_jax.models.decoder import Decoder, LayerReport, check_range, check_tokens
 from pplx_jax.models.errors import ModelError
 from pplx_jax.models.sampling import sample
+
+#: Logits are below 1e8, float32's largest number is 3e38.
+_COLDEST = 1e-30
+
+
+def failed_elsewhere() -> PplxError:
+    """Of NaN that this process's own groups have not failed with."""
+    return PplxError(
+        "the model's logits are NaN, and no exchange of this process has failed: one of another group of its "
+        "mesh did, whose ranks say why, or weights are NaN"
+    )
 
 
 class Programs:
@@ -63,6 +75,9 @@ class Programs:
             else:
                 key, temperature, top_p = options
                 chosen = sample(logits, jax.random.fold_in(as_key(key), position), temperature, top_p)
+            if placement.several_groups:
+                # What failed in one group all processes have to hear of: they would go on without its ranks.
+                chosen = jnp.where(jnp.isnan(logits).any(axis=-1), -1, chosen)
             return placement.constrain(chosen), caches, reports
 
         self._forward, self._caches, self._step = forward, caches, step
@@ -97,10 +112,14 @@ class Programs:
                 f"than the {self.placement.ep.config.max_tokens} that the model was loaded for: give "
                 f"from_pretrained max_tokens={needed}, or use generate, which goes in chunks"
             )
-        logits: jax.Array = self._forward(nnx.state(model), self.place(tokens))
-        if self.placement.ep is not None:
+        if self.placement.ep is None:
+            plain: jax.Array = self._forward(nnx.state(model), self.place(tokens))
+            return plain
+        with self.placement.checking():
+            logits: jax.Array = self._forward(nnx.state(model), self.place(tokens))
             jax.block_until_ready(logits)
-            self.placement.check()
+        if self.placement.several_groups and np.isnan(np.asarray(logits.addressable_data(0)[..., 0])).any():
+            raise failed_elsewhere()
         return logits
 
     def caches(self, model: Decoder, batch: int, length: int) -> list[LayerCache]:
@@ -131,7 +150,8 @@ class Programs:
           report: whether to report about exchanges.
 
         Returns:
-          (next, caches, reports): int32 [B], the next token, the same on every device.
+          (next, caches, reports): int32 [B], the next token, the same on every device; -1 where logits are
+          NaN on a mesh with several groups of experts.
         """
         count = None if num_tokens is None else self.place(np.int32(num_tokens))
         out: tuple[jax.Array, list[LayerCache], list[LayerReport]] = self._step(
@@ -154,8 +174,9 @@ class Programs:
     def sampling_options(
         self, temperature: float, top_p: float, seed: int
     ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-        """How to sample, as arrays, whose change compiles nothing; None at temperature 0."""
-        if not temperature:
+        """How to sample, as arrays, whose change compiles nothing; None at temperature 0, or so near to it
+        that logits divided by it exceed float32."""
+        if temperature < _COLDEST:
             return None
         key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         return (

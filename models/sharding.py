@@ -6,9 +6,10 @@ and ep. Where the batch doesn't divide, activations are replicated and only the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -79,6 +80,23 @@ class Placement:
         """
         if self.ep is not None:
             self.ep.check()
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """`check` once what is done under it, results included, has ended; also where that raises: after a
+        peer's death an execution fails with whatever error the runtime made of it."""
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, ValueError):
+            self.check()
+            raise
+        self.check()
+
+    @property
+    def several_groups(self) -> bool:
+        """Whether exchanges may fail of which `check` knows nothing on some processes: the mesh has an
+        experts' group for each position along its other axes."""
+        return self.ep is not None and self.size("dp", "tp") > 1
 
     def metadata(self, *spec: Any) -> dict[str, Any]:
         """Of an `nnx.Param` that lies so."""

@@ -120,12 +120,18 @@ class TextStream:
 
     # Tokens of the prompt that are decoded with the first new one.
     _CONTEXT = 8
+    # As many more where those start inside of a character, of at most 4 tokens: some decoders (ByteFallback)
+    # make garbage of all bytes in a row then, the new ones included.
+    _FURTHER = 3
     # Tokens that an incomplete character may keep back: UTF-8 needs 4, and what has more is garbage.
     _HELD = 16
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt[-self._CONTEXT :])
+        for context in range(self._CONTEXT, self._CONTEXT + self._FURTHER + 1):
+            self._window = list(prompt[-context:])
+            if len(prompt) <= context or not tokenizer.decode(self._window).startswith("�"):
+                break
         self._shown = len(self._window)
 
     def add(self, token: int) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,9 @@ def _shared_secret(timeout: float) -> bytes:
 _published: dict[tuple[str, int], list[str]] = {}
 #: Seconds after which a wait is logged.
 _PATIENCE = 10.0
+#: Seconds for which the service itself is asked to wait for a key. Who doesn't wait until it is set leaves a
+#: callback there until it is, or for good: so once a key, and polled from then on.
+_BLOCKING = 1.0
 
 
 class BegunAnewError(Exception):
@@ -117,21 +121,35 @@ class Bootstrap:
       scope: prefix of every key; equal on all processes, for all attempts of a group.
       process: this process's index in ``processes``.
       processes: JAX process indices that take part.
-      timeout: seconds to wait for the others at each stage.
+      timeout: seconds to wait for the others to come: to ``meet``, and at the first ``exchange`` after it.
       what: is being connected, for errors.
+      stage_timeout: seconds to wait at each later stage, for those who were there a moment ago; None: as
+        ``timeout``.
+      closing: once it is set, waits end soon, with ``GroupClosedError``.
 
     Attributes:
       connection: name of the connection: of these attempts of all processes, and no others. After ``meet``.
     """
 
     def __init__(
-        self, scope: str, process: int, processes: tuple[int, ...], timeout: float, what: str
+        self,
+        scope: str,
+        process: int,
+        processes: tuple[int, ...],
+        timeout: float,
+        what: str,
+        *,
+        stage_timeout: float | None = None,
+        closing: threading.Event | None = None,
     ) -> None:
         self.scope = f"pplx_jax/{scope}"
         self.process = process
         self.processes = processes
         self.timeout = timeout
+        self.stage_timeout = timeout if stage_timeout is None else stage_timeout
         self.what = what
+        self._closing = closing or threading.Event()
+        self._all_came = False
         self.connection = ""
         self._number = secrets.token_hex(8)
         self._numbers: dict[int, str] = {}
@@ -149,15 +167,16 @@ class Bootstrap:
 
         Raises:
           TimeoutError: naming the first process that did not come in time.
+          GroupClosedError: ``closing`` was set.
           FabricError: without ``jax.distributed`` although there are several processes.
         """
-        self._numbers = {self.process: self._number}
+        self._numbers, self._all_came = {self.process: self._number}, False
         if not self.alone:
             client = self._client()
             client.key_value_set_bytes(self._number_key(self.process), self._number.encode(), True)
             for process in self.processes:
                 if process != self.process:
-                    found = self._wait(self._number_key(process), process, "meeting", self._meet_until)
+                    found = self._wait(self._number_key(process), process, "meeting", self.timeout)
                     self._numbers[process] = found.decode()
         named = repr(sorted(self._numbers.items())).encode()
         self.connection = hashlib.blake2b(named, digest_size=16).hexdigest()
@@ -175,6 +194,7 @@ class Bootstrap:
 
         Raises:
           TimeoutError: naming the first process that published nothing in time.
+          GroupClosedError: ``closing`` was set.
           BegunAnewError: another process has begun anew and will publish nothing.
         """
         if self.alone:
@@ -183,8 +203,11 @@ class Bootstrap:
         _published.setdefault((self.scope, self.process), []).append(key)
         # A second time where this process has met the same attempts again.
         self._client().key_value_set_bytes(key, value, True)
-        deadline = time.monotonic() + self.timeout
-        return {p: self._wait(self._key(stage, p), p, stage, deadline, watch=True) for p in self.processes}
+        within = self.stage_timeout if self._all_came else self.timeout
+        until = time.monotonic() + within
+        found = {p: self._wait(self._key(stage, p), p, stage, within, until) for p in self.processes}
+        self._all_came = True
+        return found
 
     def exchange_json(self, stage: str, value: object) -> Mapping[int, object]:
         """The same for values that JSON can hold."""
@@ -203,20 +226,27 @@ class Bootstrap:
             self._delete(key)
         published[:] = [last]
 
-    def _wait(self, key: str, process: int, stage: str, deadline: float, watch: bool = False) -> bytes:
+    def _wait(self, key: str, process: int, stage: str, within: float, until: float | None = None) -> bytes:
+        """What ``process`` published; ``until``: the deadline of an exchange, whose others may begin anew."""
         client = self._client()
-        began, told = time.monotonic(), False
+        deadline = self._meet_until if until is None else until
+        began, told, asked = time.monotonic(), False, False
         while True:
-            left = max(0.001, deadline - time.monotonic())
+            left = deadline - time.monotonic()
             try:
-                return client.blocking_key_value_get_bytes(key, int(min(left, self._interval) * 1000) + 1)
+                if asked:
+                    return client.key_value_try_get_bytes(key)
+                left = min(max(left, 0.001), _BLOCKING)
+                return client.blocking_key_value_get_bytes(key, int(left * 1000) + 1)
             except Exception as error:
-                if left <= self._interval or "DEADLINE_EXCEEDED" not in str(error):
+                missing = ("NOT_FOUND" if asked else "DEADLINE_EXCEEDED") in str(error)
+                if not missing or time.monotonic() >= deadline:
                     raise errors.TimeoutError(
                         f"process {process} did not reach stage '{stage}' of connecting {self.what} within "
-                        f"{self.timeout:g} s: is it running the same program? ({error})"
+                        f"{within:g} s: is it running the same program? ({error})"
                     ) from error
-            if watch and (begun := self._begun_anew()) is not None:
+            asked = True
+            if until is not None and (begun := self._begun_anew()) is not None:
                 # It may have published that first, having had all that it needed under this name.
                 try:
                     return client.key_value_try_get_bytes(key)
@@ -228,6 +258,8 @@ class Bootstrap:
                     _logger.warning(
                         "connecting %s: waiting for process %d, stage '%s'", self.what, process, stage
                     )
+            if self._closing.wait(min(self._interval, max(0.0, deadline - time.monotonic()))):
+                raise errors.GroupClosedError(f"{self.what} was closed while it connected")
 
     def _begun_anew(self) -> int | None:
         """A process that has another number than when they met. One that has none is about to be done."""

@@ -406,11 +406,13 @@ class ExpertParallel:
     def connect(self) -> None:
         """Opens regions and connects to every rank; collective over the mesh's processes. Idempotent.
 
-        Waits for the others for three times ``stall_timeout``. A call that has failed may be repeated, on
-        this group or a new, equal one, whatever the others did meanwhile.
+        Waits for the others to come for three times ``stall_timeout``, and then for ``timeout`` for each
+        further step of theirs. ``close`` in another thread ends it. A call that has failed may be repeated,
+        on this group or a new, equal one, whatever the others did meanwhile.
 
         Raises:
           FabricError, TimeoutError, MismatchError, PeerError: what failed, with whom.
+          GroupClosedError: the group is closed, or was meanwhile.
           ValueError: another live group has this name, or the mesh has no devices.
         """
         self._membership.connect()

@@ -7,6 +7,7 @@ CPU, in as many processes as the mesh has devices, started here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -148,10 +148,13 @@ def leave(status: int) -> None:
     tells the others.
     """
     if status and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        if sys.exc_info()[1] is not None:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # Whoever read them may be gone, or they closed: that must not keep the process.
+        with contextlib.suppress(OSError, ValueError):
+            if sys.exc_info()[1] is not None:
+                traceback.print_exc()
+            sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(status)
 
 
@@ -305,7 +308,7 @@ def work(options: Options, job: Job | None) -> None:
 
     ep = model.placement.ep
     # As a context manager, it gives an execution's error its type.
-    with nullcontext() if ep is None else ep:
+    with contextlib.nullcontext() if ep is None else ep:
         if ep is not None:
             ep.connect()  # here errors have their types
         seen = _continue(model, np.asarray([prompt], np.int64), options, show)

@@ -84,6 +84,7 @@ class Membership:
         self._closing: list[threading.Thread] = []  # members of before a mask
         self._process = os.getpid()
         self._closed = False
+        self._close_wanted = threading.Event()
         self._connect_lock = threading.Lock()
         _known[self._group_id] = self
 
@@ -200,7 +201,8 @@ class Membership:
                 )
 
     def _open(self, mesh: Mesh, patience: float) -> dict[int, Member]:
-        """Members that are connected. ``patience``: seconds that the others have to come to each stage."""
+        """Members that are connected. ``patience``: seconds that the others have to come. Those who have come
+        and fall silent before they are connected get ``timeout``, as peers do later."""
         ranks = {d: place for d, place in self._ranks(mesh).items() if place[1] not in self._masked}
         process = jax.process_index()
         processes = tuple(sorted({device.process_index for device in ranks}))
@@ -208,7 +210,15 @@ class Membership:
             raise ValueError(f"process {process} has no device in the group's mesh")
         # By name, so that who is configured differently is met, and told.
         scope = hashlib.blake2b(repr((self._name, processes)).encode(), digest_size=8).hexdigest()
-        boot = bootstrap.Bootstrap(scope, process, processes, patience, f"group '{self._name}'")
+        boot = bootstrap.Bootstrap(
+            scope,
+            process,
+            processes,
+            patience,
+            f"group '{self._name}'",
+            stage_timeout=min(patience, self._timeout),
+            closing=self._close_wanted,
+        )
         boot.meet()
         while True:
             try:
@@ -467,6 +477,8 @@ class Membership:
         failed = any(member.failure() for member in self._members.values())
         if not self._closed and not failed and compat.backends_started():
             self._drain()
+        # Who holds the lock may wait for others that never come, far longer than close() may take.
+        self._close_wanted.set()
         with self._connect_lock:
             if self._closed:
                 return

@@ -49,7 +49,7 @@ def comes_late(name, late):
 
 @pytest.mark.multiprocess
 def test_a_rank_that_is_late_is_met_by_retrying(processes):
-    first, second = processes.run(comes_late, 2, "late", 2.6)
+    first, second = processes.run(comes_late, 2, "late", 3.4)
     assert [kind for kind, _ in first[:-1]] == ["TimeoutError"] * (len(first) - 1)
     assert first[0][0] == "TimeoutError"
     assert first[-1][0] == second[-1][0] == "nothing", (first, second)
@@ -200,6 +200,9 @@ class Store:
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()
         self._draw = random.Random(seed)
+        self.pending: list[str] = []  # gets that timed out: the service keeps them until the key is set
+        self.polls = 0
+        self.gone = False
 
     def _pause(self) -> None:
         time.sleep(self._draw.choice((0.0, 0.0, 0.001, 0.004)))
@@ -219,6 +222,11 @@ class Store:
     def key_value_try_get_bytes(self, key: str) -> bytes:
         self._pause()
         with self._changed:
+            self.polls += 1
+            if self.gone:
+                raise RuntimeError("UNAVAILABLE: connection refused")
+            if key not in self._values:
+                raise RuntimeError(f"NOT_FOUND: {key}")
             return self._values[key]
 
     def key_value_dir_get_bytes(self, key: str) -> list[tuple[str, bytes]]:
@@ -231,10 +239,85 @@ class Store:
         with self._changed:
             if self._changed.wait_for(lambda: key in self._values, timeout_in_ms / 1000):
                 return self._values[key]
+            self.pending.append(key)
         raise RuntimeError(f"DEADLINE_EXCEEDED: {key}")
 
     def left(self) -> set[str]:
         return set(self._values)
+
+
+@pytest.fixture
+def store(monkeypatch):
+    made = Store(0)
+    monkeypatch.setattr(compat, "coordination_client", lambda: made)
+    monkeypatch.setattr(bootstrap, "_BLOCKING", 0.05)
+    return made
+
+
+def boot_of(process, timeout, **options):
+    return bootstrap.Bootstrap("waits", process, (0, 1), timeout, "these two", **options)
+
+
+def together(*functions):
+    threads = [threading.Thread(target=function, daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_long_wait_leaves_one_get_pending(store):
+    with pytest.raises(errors.TimeoutError, match=r"process 1 did not reach stage 'meeting'.*within 1 s"):
+        boot_of(0, 1.0).meet()
+    assert len(store.pending) == 1
+    assert store.polls > 3
+
+
+def test_a_wait_ends_with_the_service(store):
+    threading.Timer(0.3, setattr, (store, "gone", True)).start()
+    began = time.monotonic()
+    with pytest.raises(errors.TimeoutError, match="UNAVAILABLE"):
+        boot_of(0, 60.0).meet()
+    assert time.monotonic() - began < 10
+
+
+def test_who_falls_silent_after_it_came_is_given_up_soon(store):
+    """The others may come late; once they have said hello there is nothing that takes them long."""
+    boots = [boot_of(process, 60.0, stage_timeout=0.4) for process in (0, 1)]
+    together(*(boot.meet for boot in boots))
+    late = threading.Timer(1.0, boots[1].exchange, ("hello", b""))  # later than the stages after it may be
+    late.start()
+    assert set(boots[0].exchange("hello", b"")) == {0, 1}
+    late.join(30)
+    began = time.monotonic()
+    with pytest.raises(errors.TimeoutError, match=r"stage 'endpoints'.*within 0\.4 s"):
+        boots[0].exchange("endpoints", b"")
+    assert time.monotonic() - began < 10
+
+
+def closes_meanwhile():
+    """In rank 0, whose peer never comes: seconds that close() took, and what connect() gave."""
+    if jax.process_index() == 1:
+        return None
+    ep = group("closed meanwhile", fabric="tcp", timeout=5.0)  # and a stall_timeout of minutes
+    told: list[Any] = []
+    thread = threading.Thread(target=lambda: told.append(error_of(ep.connect)[:2]), daemon=True)
+    thread.start()
+    time.sleep(1.5)
+    began = time.monotonic()
+    ep.close()
+    took = time.monotonic() - began
+    thread.join(5)
+    return took, told
+
+
+@pytest.mark.multiprocess
+def test_closing_ends_a_wait_for_others(processes):
+    (took, told), _ = processes.run(closes_meanwhile, 2)
+    assert took < 7
+    assert told[0][0] == "GroupClosedError"
+    assert "was closed while it connected" in told[0][1]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -243,6 +326,7 @@ def test_attempts_never_mix_and_come_to_an_end(monkeypatch, seed):
     gives comes from the attempts that it names, and when they have patience they all connect."""
     store = Store(seed)
     monkeypatch.setattr(compat, "coordination_client", lambda: store)
+    monkeypatch.setattr(bootstrap, "_BLOCKING", 0.03)  # impatient ones look for others that begin anew, too
     processes = (0, 2, 5)
     impatient = 8
     done: dict[int, list[tuple[str, Any]]] = {process: [] for process in processes}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from test_multiprocess import error_of
 
 import pplx_jax
 from pplx_jax import models
@@ -55,6 +56,66 @@ def test_failed_exchanges_are_raised():
             models.generate(spread, prompt, max_new_tokens=1)
         with pytest.raises(pplx_jax.RoutingError, match="row"):
             spread(prompt)
+
+
+def test_a_failure_in_another_group_is_raised():
+    """With several groups of experts NaN is told from a token, whatever this process's check() says."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "ep"))
+    spread = models.from_config(CONFIG, mesh=mesh, dtype=jnp.float32, name="elsewhere", exchange={"rows": 1})
+    prompt = np.arange(16).reshape(4, 4)
+    ep = spread.placement.ep
+
+    def settles(self, sync=False):
+        """Of what failed, on all four ranks here, nothing is told."""
+        while error_of(lambda: self._membership.check(sync))[0] == "RoutingError":
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(ep), "check", settles)
+        for temperature in (0.0, 0.7):
+            with pytest.raises(pplx_jax.PplxError, match="logits are NaN"):
+                models.generate(spread, prompt, max_new_tokens=1, temperature=temperature)
+        with pytest.raises(pplx_jax.PplxError, match="logits are NaN"):
+            spread(prompt)
+    ep.close()
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, ValueError])
+def test_an_execution_that_fails_says_why(error):
+    """After a peer's death the runtime raises what it knows; the group knows more."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("ep",))
+    spread = models.from_config(CONFIG, mesh=mesh, dtype=jnp.float32, name="said why")
+    prompt = np.arange(8).reshape(2, 4)
+    failure = [pplx_jax.PeerError("rank 1 died")]
+
+    def check(self, sync=False):
+        if failure:
+            raise failure[0]
+
+    def failing(*args, **kwargs):
+        raise error("the execution failed")
+
+    programs = Programs.of(spread)
+    with spread.placement.ep as ep, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(ep), "check", check)
+        patch.setattr(programs, "_step", failing)
+        patch.setattr(programs, "_forward", failing)
+        for run in (lambda: models.generate(spread, prompt, max_new_tokens=1), lambda: spread(prompt)):
+            with pytest.raises(pplx_jax.PeerError, match="died"):
+                run()
+        failure.clear()
+        with pytest.raises(error, match="the execution failed"):
+            spread(prompt)
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-46, 1e-38, 1e-31])
+def test_the_coldest_sampling_takes_the_likeliest(model, temperature):
+    prompt = np.arange(8).reshape(2, 4)
+    greedy, cold = (
+        np.asarray(models.generate(model, prompt, max_new_tokens=3, temperature=one))
+        for one in (0.0, temperature)
+    )
+    np.testing.assert_array_equal(cold, greedy)
 
 
 def test_tokens_outside_of_the_vocabulary(model):

@@ -36,6 +36,43 @@ def load_and_generate(folder, axes, tokens, new, draw):
     return logits, greedy, drawn, seen[-1].bytes_read, shape
 
 
+def one_group_overflows():
+    """Two processes, each a group of two ranks, where four rows at one rank are too many: what each raises
+    when the first one's tokens have both their experts on one rank, and the tokens of a step after it."""
+    import jax
+    from jax.sharding import Mesh
+    from test_models_generation import CONFIG
+    from test_multiprocess import error_of
+
+    from pplx_jax import models
+
+    def load(devices, name):
+        mesh = Mesh(np.array(devices).reshape(-1, 2), ("dp", "ep"))
+        return models.from_config(CONFIG, mesh=mesh, dtype="float32", name=name, exchange={"rows": 3})
+
+    def run(model, tokens):
+        return lambda: np.asarray(models.generate(model, np.array(tokens)[:, None], max_new_tokens=1))
+
+    alone = load(jax.local_devices(), f"alone {jax.process_index()}")
+    with alone.placement.ep:
+        kinds = [error_of(run(alone, [token, token]))[0] for token in range(CONFIG.vocab_size)]
+    bad, good = kinds.index("RoutingError"), kinds.index("nothing")
+    model = load(jax.devices(), "one of two")
+    mixed = [bad, bad, good, good]
+    with model.placement.ep:
+        told = [error_of(f)[:2] for f in (run(model, mixed), lambda: model(np.array(mixed)[:, None]))]
+        return told, run(model, [good] * 4)()
+
+
+def test_all_processes_hear_of_one_groups_overflow(processes):
+    (first, after), (second, same) = processes.run(one_group_overflows, 2, devices_per_process=2)
+    assert [kind for kind, _ in first] == ["RoutingError"] * 2
+    assert [kind for kind, _ in second] == ["PplxError"] * 2
+    assert all("another group" in text for _, text in second)
+    np.testing.assert_array_equal(after, same)
+    assert (after >= 0).all()
+
+
 @pytest.mark.parametrize(
     "variant, axes, launch",
     [

@@ -187,6 +187,24 @@ def test_text_continues_its_prompt():
     assert TextStream(Metaspace()).add(2) == "a"
 
 
+class ByteFallback(Bytes):
+    """Tokens are bytes, all of them replaced where they are no text: as Llama's decoder makes of a run."""
+
+    def decode(self, tokens):
+        try:
+            return bytes(tokens).decode()
+        except UnicodeDecodeError:
+            return "�" * len(tokens)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_no_text_is_lost_after_a_prompt_of_long_characters(after):
+    """Whichever byte of a character the window of the prompt would start with."""
+    prompt = ("a" * 3 + "😀" * 5 + "b" * after).encode()
+    stream = TextStream(ByteFallback(), list(prompt))
+    assert "".join(map(stream.add, "😀 é".encode())) + stream.end() == "😀 é"
+
+
 def test_long_texts_cost_no_more_by_token():
     tokenizer = Metaspace()
     stream = TextStream(tokenizer, [0] * 1000)
