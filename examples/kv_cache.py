@@ -123,6 +123,8 @@ class Prefill:
             answer["taken_back"] = sum(transfer.cancel() for transfer in order.transfers)
             # What had begun ends first.
             ends = [transfer.exception(self.engine_timeout) for transfer in order.transfers]
+            if any(error is not None and not isinstance(error, CancelledError) for error in ends):
+                return  # it may still be written, and so no answer lets its pages be used again
             answer["sent"] = [layer for layer, error in enumerate(ends) if error is None]
         self.engine.send(sender, _bytes(answer)).result(self.engine_timeout)
 

@@ -175,8 +175,9 @@ class TransferEngine:
             job=environment.job() if job is None else job,
         )
         self._address = Address(self._core.address)
-        self._lock = threading.Lock()  # guards _opened
+        self._lock = threading.Lock()  # guards _opened and _forgotten
         self._opened: dict[RegionDescriptor, RemoteRegion] = {}
+        self._forgotten = 0  # how many times peers were removed
         _live.add(self)
 
     def __enter__(self) -> Self:
@@ -646,9 +647,12 @@ class TransferEngine:
             False if nothing was known of that address.
         """
         typed("address", address, Address, "an Address")
-        with self._lock:
-            self._opened.clear()
-        return self._core.remove_peer(bytes(address))
+        try:
+            return self._core.remove_peer(bytes(address))
+        finally:
+            with self._lock:
+                self._opened.clear()
+                self._forgotten += 1
 
     def start_timeline(self, events: int = 65536) -> None:
         """Record what the engine does: the latest ``events`` operations, arrivals and waits, 48 bytes
@@ -692,8 +696,11 @@ class TransferEngine:
         typed(name, remote, RegionDescriptor, "a RegionDescriptor or a RemoteRegion")
         found = self._opened.get(remote)
         if found is None:
+            forgotten = self._forgotten
             found = self.open(remote)
             with self._lock:
+                if forgotten != self._forgotten:
+                    return found  # it may be of a peer that was removed meanwhile
                 self._opened[remote] = found
                 while len(self._opened) > _OPEN_CACHE:
                     del self._opened[next(iter(self._opened))]  # the oldest

@@ -200,6 +200,7 @@ void EngineCore::maintain() {
   // By number, here and below: whoever is told of a completion may get to know further peers.
   for (size_t number = 0; number < peers_.size(); ++number) {
     Peer& peer = peers_[number];
+    if (peer.removed) continue;
     fail_late(peer.waiting);
     // A greeting may be lost with its NIC.
     if (!peer.ready && !peer.failed && peer.waiting.front() != nullptr && now - peer.greeted > kGreetAgain) {
@@ -208,7 +209,9 @@ void EngineCore::maintain() {
     for (size_t i = 0; i < peer.paths.size(); ++i) {
       Path& path = peer.paths[i];
       // Long ago stays long ago.
-      if (peer.completed - path.completed > INT32_MAX) path.completed = peer.completed - INT32_MAX;
+      for (uint32_t* tick : {&path.completed, &path.messaged}) {
+        if (now - *tick > INT32_MAX) *tick = now - INT32_MAX;
+      }
       Op* oldest = path.posted.front() != nullptr ? path.posted.front() : path.pending.front();
       if (oldest == nullptr) continue;
       if (now - oldest->stamp > kSuspectAfter && !nics_[path.nic].down &&
@@ -216,7 +219,7 @@ void EngineCore::maintain() {
         fail_peer(peer, Error(ErrorKind::kPeer, "the process of " + peer.label + " is gone"));
         break;
       }
-      const bool stuck = late(oldest) && is_stuck(peer, path, oldest->seen);
+      const bool stuck = late(oldest) && is_stuck(peer, path, oldest, now, limit);
       while (late(path.posted.front())) abandon(peer, path.posted.front(), error(*path.posted.front()));
       fail_late(path.pending);
       if (stuck) {

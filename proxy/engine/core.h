@@ -235,7 +235,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
   void route(Op& op, Peer& peer);
   void refresh(Peer& peer);
   bool retry(Op* op);
-  static bool is_stuck(const Peer& peer, const Path& path, uint32_t since);
+  static bool is_stuck(const Peer& peer, Path& path, const Op* oldest, uint32_t now, uint32_t limit);
   void lose_path(Peer& peer, uint16_t path, const Error& error);
   void lose_nic(size_t index, const Error& error);
   void lose_failing_nics();

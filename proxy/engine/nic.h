@@ -38,8 +38,10 @@ struct Path {
   bool dead = false;
   bool listed = false;  // in pending_paths_
   uint32_t next_rail = 0;
-  uint32_t completed = 0;  // Peer::completed at its last one
-  OpQueue pending;         // not yet taken by the fabric
+  uint32_t completed = 0;          // tick of the last operation that came to a good end
+  uint32_t messaged = 0;           // the same, of messages
+  std::optional<uint32_t> silent;  // tick since which nothing has come of it, though something was late
+  OpQueue pending;                 // not yet taken by the fabric
   OpList posted;
   Traffic traffic;  // but for what is outstanding and queued
 };
@@ -56,7 +58,6 @@ struct Peer {
   uint32_t greeted = 0;           // tick at which it was told of this engine last, where it has to know
   uint32_t messages = 0;          // send buffers that it holds
   uint32_t abandoned = 0;         // operations that fabrics hold although their callers have been told
-  uint32_t completed = 0;         // operations that have come to a good end; goes round
   bool removed = false;           // for good: if it is met again it gets a new number
   uint64_t last_message = 0;      // number of the latest message to it
   std::set<uint64_t> unanswered;  // numbers of messages that have not completed

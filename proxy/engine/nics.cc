@@ -84,6 +84,10 @@ uint32_t EngineCore::connect(const Bytes& address) {
       path.dead = nics_[nic].down.has_value();
       try {
         if (!path.dead) path.number = nics_[nic].fabric->connect(parsed.nic(remote));
+      } catch (const StillLeaving& error) {
+        if (before != nullptr || ours * theirs == 1) throw;  // the path would be lost for good
+        refused = error;
+        path.dead = true;
       } catch (const Error& error) {
         if (ours * theirs == 1 || error.kind() == ErrorKind::kInvalidArgument) throw;
         refused = error;
@@ -127,11 +131,11 @@ void EngineCore::route(Op& op, Peer& peer) {
   op.path = ways == 1 ? peer.active[0] : peer.active[peer.next_path++ % ways];
   Path& path = peer.paths[op.path];
   op.peer = path.number;
-  op.seen = peer.completed;
   const uint32_t rails = nics_[path.nic].caps.rails;
   op.rail = rails > 1 && op.kind != FabricOp::Kind::kMessage ? path.next_rail++ % rails : 0;
   if (peer.paths.size() == 1) [[likely]]
     return;
+  op.routed = tick_.load(std::memory_order_relaxed);
   if (op.kind == FabricOp::Kind::kMessage) {
     op.local = nics_[path.nic].send_memory[op.slot / kSendSlots].local;
     return;
@@ -178,11 +182,28 @@ void EngineCore::lose_path(Peer& peer, uint16_t index, const Error& error) {
 
 // Its operations end with nothing, while another path to the same peer has brought some to their end. A NIC
 // whose cable is pulled looks like that, for as long as the kernel tries again (a quarter of an hour of TCP).
-bool EngineCore::is_stuck(const Peer& peer, const Path& path, uint32_t since) {
-  const auto completed = [&](const Path& one) { return static_cast<int32_t>(one.completed - since) > 0; };
-  return !path.dead && !completed(path) &&
-         std::any_of(peer.paths.begin(), peer.paths.end(),
-                     [&](const Path& one) { return !one.dead && completed(one); });
+// And so does for a moment a peer that stops in the middle of what has been sent to it: what counts comes
+// well after that, if need be of later operations. Of messages only messages tell: they need the peer's
+// process, writes its NIC alone.
+bool EngineCore::is_stuck(const Peer& peer, Path& path, const Op* oldest, uint32_t now, uint32_t limit) {
+  if (path.dead || peer.paths.size() == 1) return false;
+  const auto is_message = [](const Op* op) { return op->kind == FabricOp::Kind::kMessage; };
+  const auto late = [&](const Op* op) { return now - op->routed > limit; };
+  const auto after = [](uint32_t one, uint32_t other) { return static_cast<int32_t>(one - other) > 0; };
+  if (is_message(oldest)) {
+    const Op* other = path.posted.front();
+    while (other != nullptr && is_message(other)) other = other->after;
+    if (other != nullptr && late(other)) oldest = other;
+  }
+  if (!late(oldest)) return false;
+  if (!path.silent) {
+    if (after(path.completed, oldest->routed)) return false;
+    path.silent = oldest->routed;
+  }
+  const uint32_t since = *path.silent + limit / 2;
+  return std::any_of(peer.paths.begin(), peer.paths.end(), [&](const Path& one) {
+    return !one.dead && after(is_message(oldest) ? one.messaged : one.completed, since);
+  });
 }
 
 // Not within the fabric's poll.
@@ -218,6 +239,8 @@ void EngineCore::lose_nic(size_t index, const Error& error) {
       finish(op, &failure);
     }
   }
+  // With the peer's last path those of its operations are given up that an earlier lost path still held.
+  while (Op* op = nic.abandoned.front()) give_back(op);
 }
 
 void EngineCore::lose_failing_nics() {
@@ -287,10 +310,14 @@ bool EngineCore::remove_peer(const Address& address) {
 
 // Fabrics forget a peer once they hold nothing for it.
 void EngineCore::disconnect_removed() {
+  // A fabric may know all that were met at one address by the same number.
+  std::set<Bytes, BytesLess> busy;
+  for (const uint32_t number : removed_) {
+    if (peers_[number].abandoned != 0) busy.insert(peers_[number].address);
+  }
   std::erase_if(removed_, [&](uint32_t number) {
     const Peer& peer = peers_[number];
-    if (peer.abandoned != 0) return false;
-    // A fabric may know it by the same address as the one that has been met again.
+    if (busy.contains(peer.address)) return false;
     if (peer_numbers_.at(peer.address) != number) return true;
     for (const Path& path : peer.paths) {
       if (path.number != Path::kNone && !nics_[path.nic].down)

@@ -27,7 +27,7 @@ struct Op : FabricOp {
   uint32_t to;         // the engine's number of the peer; FabricOp::peer is the fabric's
   uint32_t stamp;      // the engine's tick when it was submitted
   uint32_t slot;       // messages: index of the send buffer
-  uint32_t seen;       // Peer::completed when it took its path
+  uint32_t routed;     // the tick when it took its path, of several
   uint16_t path;       // of its peer
   uint64_t number;     // messages: by which the receiver knows a repetition; 0: it is never repeated
   uint8_t retries;

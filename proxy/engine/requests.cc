@@ -252,6 +252,7 @@ size_t EngineCore::cancel(uint64_t id) {
   OpQueue ops;
   for (size_t number = 0; number < peers_.size(); ++number) {
     Peer& peer = peers_[number];
+    if (peer.removed) continue;
     peer.waiting.take(wanted, ops);
     for (Path& path : peer.paths) path.pending.take(wanted, ops);
   }

@@ -330,8 +330,12 @@ Error EngineCore::explain(const Op& op, const Error& error) const {
 void EngineCore::on_complete(FabricOp& fabric_op, const Error* error) {
   Op* op = static_cast<Op*>(&fabric_op);
   Peer& peer = peers_[op->to];
-  if (error == nullptr) [[likely]]
-    peer.paths[op->path].completed = ++peer.completed;
+  if (error == nullptr && peer.paths.size() > 1) [[unlikely]] {
+    Path& path = peer.paths[op->path];
+    path.completed = tick_.load(std::memory_order_relaxed);
+    if (op->kind == FabricOp::Kind::kMessage) path.messaged = path.completed;
+    path.silent.reset();
+  }
   if (op->abandoned) [[unlikely]] {
     give_back(op);
     return;

@@ -42,6 +42,7 @@ struct SimConfig {
   bool fences = false;
   uint32_t message_bytes = 16384;  // longest message
   uint32_t lose_messages = 0;      // so many of the first messages vanish on their way, unnoticed
+  uint32_t leave_polls = 0;        // a peer that was removed is met again only up to this many polls later
   // How bytes get from one address to another, where one or both are a GPU's; with it GPU memory can be
   // registered. Null: it cannot, and bytes are copied by the CPU.
   std::function<void(void* to, const void* from, size_t bytes)> copy{};

@@ -101,6 +101,12 @@ struct Fence {
   std::vector<Arrived> arrived{};  // where it is settled; of a channel that is not here none has come
 };
 
+// connect() to a peer that was removed, of which the fabric still holds something: it passes within
+// milliseconds.
+struct StillLeaving : Error {
+  explicit StillLeaving(const std::string& what) : Error(ErrorKind::kPeer, what) {}
+};
+
 class Fabric {
  public:
   virtual ~Fabric() = default;

@@ -155,11 +155,17 @@ class SimFabric final : public Fabric {
       throw Error(ErrorKind::kPeer, "no engine " + peer.label() + " is alive in this process on network '" +
                                         config_.network + "'");
     }
+    if (leaving_.contains(peer.endpoints[0])) {
+      throw StillLeaving("sim: the connection to " + peer.label() + " is still being taken down");
+    }
     peers_.push_back(std::move(port));
     return static_cast<uint32_t>(peers_.size() - 1);
   }
 
-  void disconnect(uint32_t peer) override { peers_[peer].reset(); }
+  void disconnect(uint32_t peer) override {
+    if (config_.leave_polls != 0) leaving_[peers_[peer]->name] = rng_() % config_.leave_polls;
+    peers_[peer].reset();
+  }
 
   Post try_write(FabricOp& op) override { return post(op); }
   Post try_read(FabricOp& op) override { return post(op); }
@@ -175,6 +181,9 @@ class SimFabric final : public Fabric {
   }
 
   size_t poll(FabricEvents& events) override {
+    for (auto entry = leaving_.begin(); entry != leaving_.end();) {
+      entry = entry->second-- == 0 ? leaving_.erase(entry) : std::next(entry);
+    }
     if (port_->unplugged.load(std::memory_order_relaxed)) [[unlikely]] {
       accept_arrivals();
       pieces_.clear();
@@ -467,6 +476,7 @@ class SimFabric final : public Fabric {
   std::vector<std::shared_ptr<Port>> peers_;
   std::map<Name, uint64_t, BytesLess> serials_;  // of the latest write with an immediate, by NIC of a peer
   std::map<Name, Source, BytesLess> sources_;    // by NIC of a peer
+  std::map<Name, uint64_t, BytesLess> leaving_;  // polls left, by NIC of a peer
   uint32_t lost_messages_ = 0;
   std::unordered_map<uint64_t, FabricMemory> memory_;
   uint64_t next_key_ = 0;

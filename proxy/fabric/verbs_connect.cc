@@ -155,6 +155,7 @@ void VerbsFabric::on_hello(const Handshake& hello) {
     refuse(hello, self_.label + " knows " + hello.label + " under another NIC's address");
     return;
   }
+  if (peer.failed && !peer.numbered) return;  // it is being forgotten, and the sender repeats itself
   if (peer.failed) {
     refuse(hello, self_.label + " has given " + hello.label + " up: " + peer.failed->what());
     return;

@@ -100,9 +100,9 @@ uint32_t VerbsFabric::connect(const PeerAddress& peer) {
   if (peer.pid_namespace != 0 && peer.pid_namespace == address_.pid_namespace && peer.host == address_.host) {
     entry.pid = peer.pid;
   }
-  if (entry.failed && !entry.numbered) {
-    throw Error(ErrorKind::kPeer, "verbs " + device_->name() + ": the connection to " + entry.label +
-                                      " is still being taken down: try again");
+  if (entry.failed) {
+    throw StillLeaving("verbs " + device_->name() + ": the connection to " + entry.label +
+                       " is still being taken down: try again");
   }
   entry.numbered = true;
   numbers_.push_back(entry.index);
