@@ -98,6 +98,7 @@ ExchangeGroup::ExchangeGroup(GroupConfig config, const PlaceBuffers& place)
     lane_state_.push_back(std::make_unique<Lane>(config_.num_ranks));
   for (uint32_t source = 0; source < config_.num_ranks; ++source) {
     auto peer = std::make_unique<Peer>();
+    peer->beats.control = control_.get();
     if (source != config_.rank) {
       for (uint32_t lane = 0; lane < lanes_; ++lane) {
         peer->arrivals.push_back(engine_->watch(immediate(nonce_, source, lane)));
@@ -424,7 +425,6 @@ void ExchangeGroup::beat() {
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
     Peer& peer = *peers_[rank];
     if (rank == config_.rank || peer.gone) continue;
-    peer.beats.control = control_.get();
     try {
       engine_->write(
           {.target = peer.notice_region.get(), .imm = immediate(peer.nonce, config_.rank, kHeartbeatLane)},
