@@ -69,7 +69,15 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("Fixtures", "testing.shared", None),
 )
 
+#: A class's base, as (module, class), whose methods are shown as the class's own.
+BASES: dict[str, tuple[str, str]] = {"TransferEngine": ("engine_one_sided", "OneSided")}
+
 Documented = ast.ClassDef | ast.FunctionDef
+
+
+def parsed(module: str) -> ast.Module:
+    """A module of the package."""
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
 
 
 def public_names(tree: ast.Module) -> tuple[str, ...]:
@@ -135,10 +143,19 @@ def is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any(isinstance(one, ast.Name) and one.id == "property" for one in function.decorator_list)
 
 
+def methods_of(node: ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """What a class itself defines."""
+    return [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
 def document_class(node: ast.ClassDef) -> str:
-    """A class: how to make one, its text, its methods."""
-    methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+    """A class: how to make one, its text, its methods after those of its base in BASES."""
+    methods = methods_of(node)
     init = next((method for method in methods if method.name == "__init__"), None)
+    if node.name in BASES:
+        module, name = BASES[node.name]
+        base = next(one for one in parsed(module).body if isinstance(one, ast.ClassDef) and one.name == name)
+        methods = methods_of(base) + methods
     head = signature(init, node.name, method=True).removesuffix(" -> None") if init else node.name
     bases = [ast.unparse(base) for base in node.bases]
     if not init and bases:
@@ -170,7 +187,7 @@ def render() -> str:
     exported = public_names_of_package()
     shown: set[str] = set()
     for title, module, wanted in SECTIONS:
-        tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+        tree = parsed(module)
         names = wanted or public_names(tree)
         nodes = {node.name: node for node in tree.body if isinstance(node, Documented)}
         parts.append(f"## {title}: `pplx_jax.{module.replace('/', '.')}`\n")
