@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes that tests start share the GPUs with this one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-pytest_plugins = ["pplx_jax.testing", "engine_fixtures"]
+pytest_plugins = ["pplx_jax.testing", "engine_fixtures", "models_fixtures"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
