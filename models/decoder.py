@@ -267,7 +267,11 @@ class Decoder(nnx.Module):  # type: ignore[misc]
                 reports.append(result)
         if last:
             at = length - 1 if num_tokens is None else num_tokens - 1
-            x = jax.lax.dynamic_index_in_dim(x, at, axis=1, keepdims=False)
+            final = jax.lax.dynamic_index_in_dim(x, at, axis=1, keepdims=False)
+            if self.placement.several_groups:
+                # An exchange of another group may have failed for tokens that the last doesn't look back to.
+                final = jnp.where(jnp.isnan(x).any(), jnp.nan, final)
+            x = final
         x = self.norm(x)
         weights = self.embedding[...].T if self.head is None else self.head.value()
         logits = jnp.dot(x, weights, preferred_element_type=jnp.float32)

@@ -80,6 +80,31 @@ def test_a_failure_in_another_group_is_raised():
     ep.close()
 
 
+def test_a_failure_for_other_tokens_than_the_last_is_raised():
+    """Tokens of one sequence lie on all groups, and those before the last may have failed in the last layer."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "ep"))
+    spread = models.from_config(CONFIG, mesh=mesh, dtype=jnp.float32, name="earlier", exchange={"rows": 6})
+    told = []
+
+    def settles(self, sync=False):
+        while (found := error_of(lambda: self._membership.check(sync)))[0] != "nothing":
+            told.append(found)
+
+    failed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(spread.placement.ep), "check", settles)
+        for first in range(0, CONFIG.vocab_size, 4):
+            # The four tokens of one group, alike, may all want one rank; those of the other differ.
+            prompt = np.array([[first] * 4 + [15, 22, 28, 2]])
+            told.clear()
+            kind, text, *_ = error_of(lambda p=prompt: models.generate(spread, p, max_new_tokens=1))
+            assert kind == ("PplxError" if told else "nothing"), (first, kind, text, told)
+            failed.append(bool(told))
+    assert any(failed)
+    assert not all(failed)
+    spread.placement.ep.close()
+
+
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, ValueError])
 def test_an_execution_that_fails_says_why(error):
     """After a peer's death the runtime raises what it knows; the group knows more."""
