@@ -1,4 +1,4 @@
-// Private state of an ExchangeGroup, shared by exchange_group.cc and exchange.cc.
+// Private state of an ExchangeGroup, shared by exchange_group.cc, monitor.cc and exchange.cc.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,8 @@
 #include "proxy/moe/exchange_group.h"
 
 namespace pplx::moe {
+
+std::string process_name();  // of this one, "host pid 123"
 
 struct ExchangeGroup::Peer {
   // Where the completions of heartbeats to it go. One that fails says little, as others may go by another

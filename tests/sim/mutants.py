@@ -35,7 +35,8 @@ class Mutant:
     ranks: int = 4
 
 
-GROUP, EXCHANGE, NICS = "proxy/moe/exchange_group.cc", "proxy/moe/exchange.cc", "proxy/engine/nics.cc"
+GROUP, MONITOR, EXCHANGE = "proxy/moe/exchange_group.cc", "proxy/moe/monitor.cc", "proxy/moe/exchange.cc"
+NICS = "proxy/engine/nics.cc"
 
 MUTANTS = (
     Mutant(
@@ -73,7 +74,7 @@ MUTANTS = (
     Mutant(
         "failure-told-to-nobody",
         "P22",
-        GROUP,
+        MONITOR,
         "  if (!connected_ || engine_->closed()) return;\n",
         "  if (ON || !connected_ || engine_->closed()) return;\n",
         faults="give-up,leave",
@@ -81,7 +82,7 @@ MUTANTS = (
     Mutant(
         "death-unnoticed",
         "P26",
-        GROUP,
+        MONITOR,
         "if (!failed_) check_liveness(",
         "if (!failed_ && !ON) check_liveness(",
         faults="freeze",
@@ -89,7 +90,7 @@ MUTANTS = (
     Mutant(
         "absence-blamed-on-peers",
         "P27",
-        GROUP,
+        MONITOR,
         "std::max<Duration>(now - before - 2 * interval, Duration(0))",
         "ON ? Duration(0) : std::max<Duration>(now - before - 2 * interval, Duration(0))",
         faults="suspend",
@@ -113,7 +114,7 @@ MUTANTS = (
     Mutant(
         "refusals-of-past-exchanges-unread",
         "P25",
-        GROUP,
+        MONITOR,
         "    if (lane_state_[one]->local.failed() == 0) continue;\n",
         "    if (lane_state_[one]->local.failed() == 0 || (ON && one != lane)) continue;\n",
         faults="nic",
@@ -121,7 +122,7 @@ MUTANTS = (
     Mutant(
         "failure-hidden-by-the-close",
         "P22",
-        GROUP,
+        MONITOR,
         "if (notice.text[0] != '\\0')",
         "if (!ON && notice.text[0] != '\\0')",
         faults="give-up,kill",
