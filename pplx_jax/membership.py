@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 #: XLA aborts a process whose in-process collective is stuck for 60 s; our waits end before.
 _SHARED_PROCESS_STALL = 50.0
 _FIRST_CALL_FACTOR = 3
+#: Seconds that loading libraries and pinning memory may take, however soon peers have to answer later.
+_SET_UP = 10.0
 
 _lock = threading.RLock()
 #: The youngest group of each id that is not closed: what a program's first exchange connects.
@@ -202,7 +204,7 @@ class Membership:
 
     def _open(self, mesh: Mesh, patience: float) -> dict[int, Member]:
         """Members that are connected. ``patience``: seconds that the others have to come. Those who have come
-        and fall silent before they are connected get ``timeout``, as peers do later."""
+        and fall silent before they are connected get ``timeout``, as peers do later, or what setting up takes."""
         ranks = {d: place for d, place in self._ranks(mesh).items() if place[1] not in self._masked}
         process = jax.process_index()
         processes = tuple(sorted({device.process_index for device in ranks}))
@@ -216,7 +218,7 @@ class Membership:
             processes,
             patience,
             f"group '{self._name}'",
-            stage_timeout=min(patience, self._timeout),
+            stage_timeout=min(patience, max(self._timeout, _SET_UP)),
             closing=self._close_wanted,
         )
         boot.meet()

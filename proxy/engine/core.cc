@@ -192,7 +192,7 @@ void EngineCore::maintain() {
       finish(op, &late_error);
     }
   };
-  pools_->maintain();
+  pools_->maintain(now, limit);
   doubts_->maintain(now, limit);
   fail_late_messages(now, limit);
   relieve_messages(now);

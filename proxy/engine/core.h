@@ -307,7 +307,7 @@ class EngineCore final : public FabricEvents, public std::enable_shared_from_thi
 
   std::vector<Bytes> send_chunks_;  // kSendSlots buffers each
   std::vector<uint32_t> free_slots_;
-  uint32_t next_chunk_ = 0;  // tick before which none is added
+  std::optional<uint32_t> no_chunk_;  // tick at which adding one failed last
   std::deque<Outgoing> outgoing_;
   std::mutex inbox_mutex_;
   std::deque<Message> inbox_;

@@ -138,7 +138,7 @@ void EngineCore::add_send_buffers() {
 
 // Some peers that say nothing hold all buffers, until the fabric gives them up: the others get new ones.
 void EngineCore::relieve_messages(uint32_t now) {
-  if (!free_slots_.empty() || static_cast<int32_t>(now - next_chunk_) < 0) return;
+  if (!free_slots_.empty() || (no_chunk_ && now - *no_chunk_ < kMoreAgain)) return;
   const bool waits = std::any_of(outgoing_.begin(), outgoing_.end(), [&](const Outgoing& message) {
     return now - message.stamp > kMoreAfter && may_have_buffer(peers_[message.peer]);
   });
@@ -146,7 +146,7 @@ void EngineCore::relieve_messages(uint32_t now) {
   try {
     add_send_buffers();
   } catch (const Error& error) {
-    next_chunk_ = now + kMoreAgain;
+    no_chunk_ = now;
     on_error(error);
     return;
   }

@@ -56,7 +56,7 @@ void Pools::send(const RemotePoolImpl& pool, std::shared_ptr<const Region> sourc
                        .offset = offset,
                        .length = length,
                        .sink = sink,
-                       .until = core_.deadline(std::nullopt)};
+                       .stamp = core_.tick_.load(std::memory_order_relaxed)};
   tell(core_.peers_[pool.peer].address, kPoolAnnounce, {pool.pool, number, length});
   core_.flush_messages();
 }
@@ -166,12 +166,11 @@ std::vector<std::shared_ptr<PoolImpl>> Pools::living() const {
   return found;
 }
 
-void Pools::maintain() {
-  const auto now = Clock::now();
+void Pools::maintain(uint32_t now, uint32_t limit) {
   std::vector<uint64_t> late;
   for (const auto& [number, request] : requests_) {
     const auto& failed = core_.peers_[request.peer].failed;
-    if (!request.writing && (request.until < now || failed)) late.push_back(number);
+    if (!request.writing && (now - request.stamp > limit || failed)) late.push_back(number);
   }
   for (uint64_t number : late) {
     const Peer& peer = core_.peers_[requests_.at(number).peer];
@@ -181,7 +180,7 @@ void Pools::maintain() {
                                             "the receive pool of " + peer.label + " had no buffer in time");
     finish(number, &error);
   }
-  for (const auto& pool : living()) pool->give_up_late();
+  for (const auto& pool : living()) pool->give_up_late(now, limit);
 }
 
 void Pools::close(const Error& error) {
@@ -273,10 +272,11 @@ void PoolImpl::grant_waiting() {
       buffer = free_.back();
       free_.pop_back();
       states_[buffer] = State::kGranted;
-      granted_[next.from][next.request] = {buffer, next.length, core_->deadline(std::nullopt), false};
+      granted_[next.from][next.request] = {buffer, next.length, core_->tick_.load(std::memory_order_relaxed),
+                                           false};
     }
     try {
-      if (const auto& failed = core_->peers_[core_->connect(next.from)].failed) throw *failed;
+      if (const auto& failed = core_->peers_[core_->connect(next.from)].failed) throw Error(*failed);
       core_->pools_->tell(next.from, kPoolGrant, {next.request, buffer});
     } catch (const Error& error) {
       core_->on_error(error);
@@ -341,8 +341,7 @@ std::string PoolImpl::all_lost() const {
          " buffers were given to senders that died or failed before they had filled them";
 }
 
-void PoolImpl::give_up_late() {
-  const auto now = Clock::now();
+void PoolImpl::give_up_late(uint32_t now, uint32_t limit) {
   std::deque<Announced> refused;
   std::string why = "an earlier message of this sender was not filled in time";
   {
@@ -351,7 +350,7 @@ void PoolImpl::give_up_late() {
     for (auto& [from, requests] : granted_) {
       for (auto& [number, granted] : requests) {
         // Twice the time after which the sender gives up, so that it is this side's clock that decides last.
-        if (granted.lost || granted.until > now - core_->config().timeout) continue;
+        if (granted.lost || now - granted.stamp <= 2ull * limit) continue;
         granted.lost = true;
         states_[granted.buffer] = State::kLost;
         set_lost(lost_ + 1);

@@ -52,7 +52,7 @@ class Pools {
   void remove(uint64_t number);
   void send(const RemotePoolImpl& pool, std::shared_ptr<const Region> source, size_t offset, size_t length,
             CompletionSink* sink);
-  void maintain();
+  void maintain(uint32_t now, uint32_t limit);
   void close(const Error& error);
   uint64_t next_number() { return next_number_++; }
 
@@ -64,7 +64,7 @@ class Pools {
     std::shared_ptr<const Region> source;
     size_t offset = 0, length = 0;
     CompletionSink* sink = nullptr;
-    Deadline until;
+    uint32_t stamp = 0;  // tick of the announcement
     bool writing = false;  // the provider reads the source
   };
 
@@ -114,7 +114,7 @@ class PoolImpl final : public ReceivePool {
   };
   struct Granted {
     size_t buffer, length;
-    Deadline until;
+    uint32_t stamp;  // tick of the grant
     bool lost;
   };
   struct Full {
@@ -127,7 +127,7 @@ class PoolImpl final : public ReceivePool {
   void filled(const Bytes& from, uint64_t request);
   void returned(const Bytes& from, uint64_t request);
   void grant_waiting();
-  void give_up_late();
+  void give_up_late(uint32_t now, uint32_t limit);
   // With this pool's lock.
   bool knows(const Bytes& from, uint64_t request) const;
   std::optional<Granted> take_granted(const Bytes& from, uint64_t request);

@@ -13,6 +13,7 @@
 
 #include "proxy/fabric/verbs.h"
 #include "proxy/fabric/verbs_link.h"
+#include "proxy/presence.h"
 
 namespace pplx {
 

@@ -4,7 +4,6 @@
 #include <bit>
 #include <chrono>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "proxy/fabric/fabric.h"
@@ -76,24 +75,6 @@ class Drain {
  private:
   static constexpr auto kSettles = std::chrono::milliseconds(2);
   Time settled_{}, limit_{};
-};
-
-// A process that is stopped (by a debugger, or with its job), or has no core, hears nobody: no peer is to
-// blame for that time.
-class Presence {
- public:
-  using Time = std::chrono::steady_clock::time_point;
-  using Duration = std::chrono::nanoseconds;
-
-  // How much of the time since the last look is not to be counted.
-  Duration absent(Time now) {
-    const Time last = std::exchange(looked_, now);
-    return last == Time() || now - last <= kAbsent ? Duration::zero() : now - last - kAbsent;
-  }
-
- private:
-  static constexpr auto kAbsent = std::chrono::milliseconds(100);
-  Time looked_{};
 };
 
 // Whether a peer is still there, by what comes from it. One that says nothing is asked, again and again; one

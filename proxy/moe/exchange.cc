@@ -122,6 +122,21 @@ Deadline Exchange::deadline() const {
   return started_ + (first_call_ ? group_.config_.first_stall_timeout : group_.config_.stall_timeout);
 }
 
+template <typename Ready>
+bool Exchange::await(const Ready& ready, Duration most) {
+  Presence presence;
+  const auto look = [&] {
+    if (ready()) return true;
+    started_ += presence.absent(Clock::now());
+    return false;
+  };
+  const auto until = [&] { return started_ + std::min<Duration>(deadline() - started_, most); };
+  do {
+    if (group_.engine_->wait_until(look, until()) || look()) return true;
+  } while (Clock::now() < until());
+  return false;
+}
+
 std::byte* Exchange::message(uint32_t peer, size_t bytes) {
   message_ = nullptr;
   message_peer_ = peer;
@@ -143,8 +158,8 @@ std::byte* Exchange::message(uint32_t peer, size_t bytes) {
   // and whenever this exchange has filled it.
   if (staged_ == 0 || staged_ + bytes > group_.config_.staging_bytes) {
     ExchangeGroup::Lane& lane = *group_.lane_state_[lane_];
-    const bool drained = group_.engine_->wait_until(
-        [&] { return lane.local.done() >= lane.posted || group_.failed_ || group_.closed_; }, deadline());
+    const bool drained =
+        await([&] { return lane.local.done() >= lane.posted || group_.failed_ || group_.closed_; });
     if (!drained) {
       group_.fail(Error(ErrorKind::kTimeout, describe() +
                                                  ": the network did not take what was posted before within " +
@@ -320,10 +335,10 @@ bool Exchange::wait_for_arrivals(bool checked) {
     return group_.failed_.load();
   };
 
-  bool done = group_.engine_->wait_until(arrived, std::min(deadline(), started_ + kWarnAfter));
+  bool done = await(arrived, kWarnAfter);
   if (!done && Clock::now() < deadline()) {
     warn_of(missing.front());
-    done = group_.engine_->wait_until(arrived, deadline());
+    done = await(arrived);
   }
   if (!done) give_up(missing);
   return sound && done && !group_.failed_ && !group_.closed_;
@@ -369,6 +384,7 @@ void Exchange::give_up(const std::vector<uint32_t>& missing) {
 }
 
 bool Exchange::poll(Patience& patience) {
+  patience.since += patience.presence.absent(Clock::now());
   started_ = patience.since;
   std::vector<uint32_t> missing;
   for (uint32_t source = 0; source < group_.config_.num_ranks; ++source) {

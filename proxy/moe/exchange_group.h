@@ -23,6 +23,7 @@
 #include "proxy/moe/buffers.h"
 #include "proxy/moe/launches.h"
 #include "proxy/moe/wire.h"
+#include "proxy/presence.h"
 #include "proxy/process.h"
 
 namespace pplx::moe {
@@ -178,6 +179,9 @@ class ExchangeGroup {
   void monitor();
   void beat();
   void check_refused_beats();
+  std::string name_all(std::vector<uint32_t>& ranks) const;
+  // None of this rank's NICs works any more: whom it cannot reach is not to blame.
+  bool is_cut_off() const;
   void check_liveness(Clock::time_point now, Duration absent);
   // Records the failure unless there is one. Returns whether it is the first.
   bool record_failure(const Error& error, uint32_t culprit, bool heard);
@@ -242,6 +246,7 @@ class ExchangeGroup {
 // What Exchange::poll() remembers of a wait from one look to the next.
 struct Patience {
   Clock::time_point since = Clock::now();
+  Presence presence;
   unsigned looks = 0;
   bool warned = false;
 };
@@ -288,6 +293,10 @@ class Exchange {
 
  private:
   void finish_abandoned(int64_t run);
+  // Drives progress until `ready()`; false when the deadline, or `most` after the start, has passed without
+  // it.
+  template <typename Ready>
+  bool await(const Ready& ready, Duration most = Duration::max());
   void note_sent();
   void echo(RegionHeader& header) const;
   bool wait_for_arrivals(bool checked);

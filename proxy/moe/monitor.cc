@@ -105,6 +105,7 @@ bool ExchangeGroup::refused() const {
 }
 
 void ExchangeGroup::read_refusals(uint32_t lane, const std::string& where) {
+  read_notices();  // whoever closes or fails ends its connections after having said so
   for (uint32_t one = 0; one < lanes_; ++one) {
     if (lane_state_[one]->local.failed() == 0) continue;
     for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
@@ -113,7 +114,7 @@ void ExchangeGroup::read_refusals(uint32_t lane, const std::string& where) {
       if (!sent.refused || peers_[rank]->gone) continue;
       fail(Error(sent.error->kind(), (one == lane ? where : "group '" + config_.name + "'") +
                                          ": no message to " + rank_name(rank) + ": " + sent.error->what()),
-           rank);
+           is_cut_off() ? config_.rank : rank);
     }
   }
 }
@@ -134,16 +135,37 @@ void ExchangeGroup::beat() {
   }
 }
 
-// Whoever closes breaks the connection too, but its notice came before that and is read by then.
+// Who dies can keep others from being heard, where they write into one queue (shm), and a lost network may be
+// nobody's: all are named, those first whose process is gone.
+std::string ExchangeGroup::name_all(std::vector<uint32_t>& ranks) const {
+  std::stable_partition(ranks.begin(), ranks.end(),
+                        [&](uint32_t rank) { return is_gone(peers_[rank]->process); });
+  std::string names;
+  for (const uint32_t rank : ranks) names += (names.empty() ? "" : ", ") + rank_name(rank);
+  return names;
+}
+
+bool ExchangeGroup::is_cut_off() const {
+  const auto nics = engine_->details().nics;
+  return std::all_of(nics.begin(), nics.end(), [](const NicStats& nic) { return !nic.error.empty(); });
+}
+
 void ExchangeGroup::check_refused_beats() {
   constexpr uint32_t kMany = 3;
+  std::vector<uint32_t> lost;
   for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
-    const Peer& peer = *peers_[rank];
-    if (rank == config_.rank || peer.gone || peer.beats.in_a_row < kMany) continue;
-    return fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + rank_name(rank) +
-                                            " cannot be reached any more: " + peer.beats.error->what()),
-                rank);
+    if (rank == config_.rank || peers_[rank]->gone) continue;
+    if (peers_[rank]->beats.refused_rounds() >= kMany) lost.push_back(rank);
   }
+  if (lost.empty()) return;
+  // Whoever closes breaks the connection too, but its notice came before that.
+  read_notices();
+  std::erase_if(lost, [&](uint32_t rank) { return peers_[rank]->gone.load(); });
+  if (lost.empty() || failed_) return;
+  const std::string names = name_all(lost);
+  fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + names + " cannot be reached any more: " +
+                                   peers_[lost.front()]->beats.error->what()),
+       is_cut_off() ? config_.rank : lost.front());
 }
 
 // `absent`: how long this process itself did not run; that time is no peer's silence.
@@ -164,12 +186,7 @@ void ExchangeGroup::check_liveness(Clock::time_point now, Duration absent) {
     if (now - peer.last_sign > config_.timeout * 3 / 4) silent.push_back(rank);
   }
   if (longest <= config_.timeout) return;
-  // Who dies can keep others from being heard, where they write into one queue (shm): all are named, those
-  // first whose process is gone.
-  std::stable_partition(silent.begin(), silent.end(),
-                        [&](uint32_t rank) { return is_gone(peers_[rank]->process); });
-  std::string names;
-  for (const uint32_t rank : silent) names += (names.empty() ? "" : ", ") + rank_name(rank);
+  const std::string names = name_all(silent);
   const auto seconds = std::chrono::duration<double>(config_.timeout).count();
   fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + names + " gave no sign of life for " +
                                    std::to_string(seconds) +

@@ -11,21 +11,32 @@ namespace pplx::moe {
 std::string process_name();  // of this one, "host pid 123"
 
 struct ExchangeGroup::Peer {
-  // Where the completions of heartbeats to it go. One that fails says little, as others may go by another
-  // NIC; but all of them fail once the engine has given the peer up.
+  // Where the completions of heartbeats to it go.
   struct Beats final : CompletionSink {
     CompletionCounter* control = nullptr;
     std::optional<Error> error;  // the first, once `any`
     std::atomic<bool> any{false};
-    std::atomic<uint32_t> in_a_row{0};
+    std::atomic<bool> refused{false}, taken{false};  // some, since the monitor looked last
     void complete(const Error* failure) noexcept override {
-      const bool refused = failure != nullptr && failure->kind() == ErrorKind::kPeer;
-      if (refused && !any) {
-        error = *failure;
-        any = true;
+      if (failure == nullptr) {
+        taken = true;
+      } else if (failure->kind() == ErrorKind::kPeer) {
+        if (!any) error = *failure;
+        any = refused = true;
       }
-      in_a_row = refused ? in_a_row + 1 : 0;
       control->complete(failure);
+    }
+    // By the monitor, each round: for how many none was taken and some were refused. A NIC that is lost
+    // refuses many at once, and others may take the next.
+    uint32_t rounds = 0;
+    uint32_t refused_rounds() {
+      const bool some = refused.exchange(false);
+      if (taken.exchange(false)) {
+        rounds = 0;
+      } else if (some) {
+        ++rounds;
+      }
+      return rounds;
     }
   };
 

@@ -1,4 +1,5 @@
 // Receive pools whose senders give up, die, or do not keep to the protocol.
+#include "proxy/tests/stops.h"
 #include "proxy/tests/stranger.h"
 
 namespace pplx::testing {
@@ -50,6 +51,26 @@ TEST(Pools, WhoGivesUpLeavesNothingBehind) {
   pool->release(pool->recv().buffer);
   ASSERT_EQ(wait_done(a, last, 1), 1u);
   EXPECT_EQ(last.failed(), 0u) << last.error()->what();
+}
+
+// A stop of both sides, while one message waits for a buffer, is not the time that it may wait.
+TEST(Pools, AStopOfThisProcessDoesNotCount) {
+  EXPECT_TRUE(through_stops(3s, [] {
+    TransferEngine a(with_timeout(2s)), b(with_timeout(2s));
+    auto pool = b.receive_pool({.buffer_bytes = 64, .buffers = 1});
+    auto remote = a.open(pool->descriptor());
+    std::shared_ptr<Region> source = a.allocate(64);
+    auto &first = lasting_counter(), &second = lasting_counter();
+    a.send(*remote, source, 0, 64, &first);
+    const auto held = pool->recv();
+    a.send(*remote, source, 0, 64, &second);
+    std::this_thread::sleep_for(200ms);
+    raise(SIGSTOP);
+    std::this_thread::sleep_for(100ms);  // both workers have looked at what is late
+    pool->release(held.buffer);
+    pool->release(pool->recv().buffer);
+    return wait_done(a, second, 1) == 1 && second.failed() == 0 && pool->lost() == 0;
+  }));
 }
 
 // The grant and the sender's timeout may cross.

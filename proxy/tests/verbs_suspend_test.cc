@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "proxy/fabric/verbs_queue.h"
+#include "proxy/presence.h"
 #include "proxy/tests/support.h"
 
 namespace pplx::testing {

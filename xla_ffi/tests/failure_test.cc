@@ -1,16 +1,15 @@
 // Ranks that die, stall, leave or give up: every other rank learns which one, in time.
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include "proxy/fabric/sim.h"
+#include "proxy/tests/stops.h"
 #include "xla_ffi/tests/rogue.h"
 
 namespace pplx::moe {
 namespace {
 
 using namespace pplx::moe::testing;
+using pplx::testing::through_stops;
 
 Problem small(int ranks = 2) {
   return {.ranks = ranks, .experts = 4, .top_k = 2, .hidden = 8, .max_tokens = 4};
@@ -173,12 +172,37 @@ TEST(Death, ABrokenConnectionIsNoticedBetweenExchanges) {
   }
 }
 
+// Those who cannot reach it blame it; it cannot reach anybody, and blames itself.
+TEST(Death, WhoLosesItsOnlyNicIsToBlame) {
+  EngineConfig engine = local();
+  engine.sim.network = "cut off";
+  Cluster cluster(small(3), engine, [](GroupConfig& config) { config.timeout = 600s; });
+  sim_break_nic("cut off", Endpoint::parse(cluster[2].group.endpoint()).address(), 0, true);
+  for (const int rank : {0, 1, 2}) {
+    EXPECT_TRUE(eventually([&] { return cluster[rank].group.failure().has_value(); }));
+    EXPECT_EQ(cluster[rank].group.failure_culprit(), 2u) << rank;
+  }
+}
+
+// The heartbeats that it held fail together, and others go on.
+TEST(Death, OneOfTwoNicsIsNotAll) {
+  EngineConfig engine = local();
+  engine.sim.network = "one of two";
+  engine.nics.resize(2);
+  Cluster cluster(small(), engine, [](GroupConfig& config) { config.timeout = 8s; });
+  const auto address = [&](int rank) { return Endpoint::parse(cluster[rank].group.endpoint()).address(); };
+  sim_unplug_nic("one of two", address(1), 1);
+  std::this_thread::sleep_for(7s);  // a heartbeat a second, by turns
+  ASSERT_FALSE(cluster[0].group.failure());
+  sim_break_nic("one of two", address(0), 1, true);
+  std::this_thread::sleep_for(2s);
+  EXPECT_FALSE(cluster[0].group.failure()) << cluster[0].group.failure()->what();
+}
+
 // A process that was stopped must not take its own absence for its peers' silence, whether or not their signs
 // of life are the first thing that it sees when it goes on.
 TEST(Death, AStopOfThisProcessBlamesNobody) {
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
+  EXPECT_TRUE(through_stops(3s, [] {
     Rogue peer(small(), [](GroupConfig& config) { config.timeout = 2s; });
     for (int i = 0; i < 2; ++i) {
       peer.stray(immediate(peer.nonce(), 1, kHeartbeatLane));
@@ -186,14 +210,31 @@ TEST(Death, AStopOfThisProcessBlamesNobody) {
       raise(SIGSTOP);
       std::this_thread::sleep_for(300ms);
     }
-    _exit(peer.real().group.failure() ? 1 : 0);
-  }
-  int status = 0;
-  while (waitpid(child, &status, WUNTRACED) == child && WIFSTOPPED(status)) {
-    std::this_thread::sleep_for(3s);
-    kill(child, SIGCONT);
-  }
-  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+    return !peer.real().group.failure();
+  }));
+}
+
+// Nor does that time count as a peer's that is awaited.
+TEST(Timeout, AStopOfThisProcessDoesNotCount) {
+  EXPECT_TRUE(through_stops(6s, [] {
+    Cluster cluster(small(), sim(3), [](GroupConfig& config) {
+      config.timeout = 20s;
+      config.stall_timeout = config.first_stall_timeout = 5s;
+    });
+    std::vector<Outputs> outputs(2);
+    std::atomic<bool> good{true};
+    std::thread stop([] {
+      std::this_thread::sleep_for(300ms);
+      raise(SIGSTOP);
+    });
+    cluster.each([&](int rank) {
+      // In short naps, or this one's absence were of use to it.
+      for (int i = 0; rank == 1 && i < 100; ++i) std::this_thread::sleep_for(10ms);
+      if (!exchange(cluster, rank, outputs[rank])) good = false;
+    });
+    stop.join();
+    return good.load();
+  }));
 }
 
 TEST(Close, APeerThatClosedWillNotCome) {
