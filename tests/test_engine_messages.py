@@ -188,7 +188,7 @@ def test_ctrl_c(fabric, blocked):
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=50)  # the wait's own is 60
     finally:
         process.kill()
     assert "KeyboardInterrupt" in errors
