@@ -374,8 +374,7 @@ void Exchange::warn_of(uint32_t missing) {
 }
 
 void Exchange::give_up(const std::vector<uint32_t>& missing) {
-  std::string names;
-  for (const uint32_t source : missing) names += (names.empty() ? "" : ", ") + group_.rank_name(source);
+  std::string names = group_.rank_names(missing);
   if (missing.empty()) names = "completions of its own messages";
   group_.fail(Error(ErrorKind::kTimeout, describe() + ": " + names + " did not come within " +
                                              seconds(deadline() - started_) +

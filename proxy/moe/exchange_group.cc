@@ -1,6 +1,9 @@
 #include "proxy/moe/exchange_group.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <random>
 #include <utility>
@@ -28,6 +31,13 @@ void describe(const Error& error, uint32_t culprit, AbortNotice& notice) {
   notice.error_kind = static_cast<uint8_t>(error.kind());
   notice.culprit = culprit;
   std::strncpy(notice.text, error.what(), sizeof(notice.text) - 1);
+}
+
+// Of this one, "host pid 123".
+std::string process_name() {
+  std::array<char, 128> host{"?"};
+  gethostname(host.data(), host.size() - 1);
+  return std::string(host.data()) + " pid " + std::to_string(getpid());
 }
 
 Bytes to_bytes(std::span<const std::byte> bytes) { return {bytes.begin(), bytes.end()}; }
@@ -106,6 +116,9 @@ Bytes ExchangeGroup::endpoint() const {
   out.put(config_.fingerprint);
   out.text(config_.fingerprint_text);
   out.text(process_name());
+  const auto process = ProcessIdentity::own();
+  out.text(process.space);
+  out.put(process.pid);
   out.blob(buffers_.regions->descriptor().bytes());
   out.blob(header_region_ != nullptr ? header_region_->descriptor().bytes() : Bytes());
   out.blob(notices_->descriptor().bytes());
@@ -141,6 +154,8 @@ void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
     const uint64_t fingerprint = in.get<uint64_t>();
     const std::string text = in.text();
     peer.process = in.text();
+    ProcessIdentity process{.space = in.text()};
+    process.pid = in.get<int32_t>();
     const RegionDescriptor regions{to_bytes(in.blob())};
     const RegionDescriptor headers{to_bytes(in.blob())};
     const RegionDescriptor notices{to_bytes(in.blob())};
@@ -167,6 +182,7 @@ void ExchangeGroup::connect(const std::vector<Bytes>& endpoints) {
       throw Error(ErrorKind::kMismatch, "group '" + config_.name + "': the regions of " + rank_name(rank) +
                                             " have another size than ours");
     }
+    peer.watch = ProcessWatch(process);
     peer.last_sign = Clock::now();
   }
   connected_ = true;
@@ -323,6 +339,7 @@ void ExchangeGroup::close() {
   { const std::lock_guard guard(monitor_->mutex); }
   monitor_->wake.notify_all();
   if (monitor_->thread.joinable()) monitor_->thread.join();
+  for (const auto& peer : peers_) peer->watch = {};
   {
     // An exchange under way sees closed_ and leaves; then nothing reads or packs a region any more.
     const std::lock_guard guard(exchange_mutex_);

@@ -178,8 +178,9 @@ class ExchangeGroup {
 
   void monitor();
   void beat();
+  void check_ended();
   void check_refused_beats();
-  std::string name_all(std::vector<uint32_t>& ranks) const;
+  std::string rank_names(const std::vector<uint32_t>& ranks) const;
   // None of this rank's NICs works any more: whom it cannot reach is not to blame.
   bool is_cut_off() const;
   void check_liveness(Clock::time_point now, Duration absent);

@@ -1,11 +1,6 @@
 // What the group's thread does: heartbeats, and who has failed, closed or fallen silent; and notices of
 // failure, both ways.
-#include <signal.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -17,22 +12,10 @@
 namespace pplx::moe {
 namespace {
 
-// Whether that was a process of this host, as process_name() names it, and is no more.
-bool is_gone(const std::string& process) {
-  const std::string own = process_name();
-  const size_t host = own.rfind(" pid ") + 5;
-  if (process.compare(0, host, own, 0, host) != 0) return false;
-  const int pid = std::atoi(process.c_str() + host);
-  return pid > 0 && kill(pid, 0) != 0 && errno == ESRCH;
-}
+// For what a process that has ended sent last, and what waits here to be read.
+constexpr auto kLastWords = std::chrono::milliseconds(100);
 
 }  // namespace
-
-std::string process_name() {
-  char host[128] = "?";
-  gethostname(host, sizeof(host) - 1);
-  return std::string(host) + " pid " + std::to_string(getpid());
-}
 
 void ExchangeGroup::broadcast(const AbortNotice& notice, NoticeSlot slot) {
   if (!connected_ || engine_->closed()) return;
@@ -135,11 +118,7 @@ void ExchangeGroup::beat() {
   }
 }
 
-// Who dies can keep others from being heard, where they write into one queue (shm), and a lost network may be
-// nobody's: all are named, those first whose process is gone.
-std::string ExchangeGroup::name_all(std::vector<uint32_t>& ranks) const {
-  std::stable_partition(ranks.begin(), ranks.end(),
-                        [&](uint32_t rank) { return is_gone(peers_[rank]->process); });
+std::string ExchangeGroup::rank_names(const std::vector<uint32_t>& ranks) const {
   std::string names;
   for (const uint32_t rank : ranks) names += (names.empty() ? "" : ", ") + rank_name(rank);
   return names;
@@ -162,10 +141,28 @@ void ExchangeGroup::check_refused_beats() {
   read_notices();
   std::erase_if(lost, [&](uint32_t rank) { return peers_[rank]->gone.load(); });
   if (lost.empty() || failed_) return;
-  const std::string names = name_all(lost);
+  const std::string names = rank_names(lost);
   fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + names + " cannot be reached any more: " +
                                    peers_[lost.front()]->beats.error->what()),
        is_cut_off() ? config_.rank : lost.front());
+}
+
+// Where nothing else tells (shm), and before the network does.
+void ExchangeGroup::check_ended() {
+  for (uint32_t rank = 0; rank < config_.num_ranks; ++rank) {
+    Peer& peer = *peers_[rank];
+    if (rank == config_.rank || peer.gone || !peer.watch.ended() || ++peer.ended < 2) continue;
+    const auto told = [&] {
+      read_notices();
+      return peer.gone || failed_;
+    };
+    engine_->wait_until(told, Clock::now() + kLastWords);
+    if (failed_) return;
+    if (peer.gone) continue;
+    return fail(Error(ErrorKind::kPeer,
+                      "group '" + config_.name + "': " + rank_name(rank) + " died: its process has ended"),
+                rank);
+  }
 }
 
 // `absent`: how long this process itself did not run; that time is no peer's silence.
@@ -186,7 +183,7 @@ void ExchangeGroup::check_liveness(Clock::time_point now, Duration absent) {
     if (now - peer.last_sign > config_.timeout * 3 / 4) silent.push_back(rank);
   }
   if (longest <= config_.timeout) return;
-  const std::string names = name_all(silent);
+  const std::string names = rank_names(silent);
   const auto seconds = std::chrono::duration<double>(config_.timeout).count();
   fail(Error(ErrorKind::kPeer, "group '" + config_.name + "': " + names + " gave no sign of life for " +
                                    std::to_string(seconds) +
@@ -205,6 +202,7 @@ void ExchangeGroup::monitor() {
     if (closed_) break;
     read_notices();
     if (!failed_ && refused()) read_refusals(lanes_, "");
+    if (!failed_) check_ended();
     if (!failed_) check_refused_beats();
     const auto now = Clock::now();
     // Beyond twice the interval this process was stopped (SIGSTOP, a suspended machine) or got no core.

@@ -5,10 +5,9 @@
 #include <cmath>
 
 #include "proxy/moe/exchange_group.h"
+#include "proxy/process_watch.h"
 
 namespace pplx::moe {
-
-std::string process_name();  // of this one, "host pid 123"
 
 struct ExchangeGroup::Peer {
   // Where the completions of heartbeats to it go.
@@ -54,6 +53,8 @@ struct ExchangeGroup::Peer {
   std::atomic<uint64_t> last_words{0};  // after sending this many exchanges
   uint64_t signs = 0;                   // of life, by the monitor alone
   Clock::time_point last_sign;
+  ProcessWatch watch;  // and
+  uint32_t ended = 0;  // for how many rounds it has told so, likewise
   Beats beats;
   std::atomic<uint64_t> sent_bytes{0}, received_bytes{0};
   std::atomic<int64_t> waited_ns{0}, longest_wait_ns{0};

@@ -1,5 +1,7 @@
 // Ranks that die, stall, leave or give up: every other rank learns which one, in time.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "proxy/fabric/sim.h"
 #include "proxy/tests/stops.h"
@@ -170,6 +172,24 @@ TEST(Death, ABrokenConnectionIsNoticedBetweenExchanges) {
     EXPECT_TRUE(eventually([&] { return cluster[rank].group.failure().has_value(); }));
     expect_error(cluster[rank].group.failure(), ErrorKind::kPeer, "rank 1");
   }
+}
+
+// Nothing that it leaves behind tells so.
+TEST(Death, OfAProcessOfThisHostIsSeen) {
+  const pid_t child = fork();
+  if (child == 0) {
+    for (;;) pause();
+  }
+  Rogue peer(
+      small(), [](GroupConfig& config) { config.timeout = 600s; }, child);
+  std::this_thread::sleep_for(5s);  // more than two rounds
+  const auto before = peer.real().group.failure();
+  kill(child, SIGKILL);  // and nobody waits for it yet
+  EXPECT_TRUE(eventually([&] { return peer.real().group.failure().has_value(); }));
+  waitpid(child, nullptr, 0);
+  EXPECT_FALSE(before) << before->what();
+  expect_error(peer.real().group.failure(), ErrorKind::kPeer, "its process has ended");
+  EXPECT_EQ(peer.real().group.failure_culprit(), 1u);
 }
 
 // Those who cannot reach it blame it; it cannot reach anybody, and blames itself.

@@ -47,24 +47,24 @@ TEST(LastWords, OfAnOrderlyCloseAreNoFailure) {
 }
 
 // A peer that dies may leave a queue of this rank's in a state in which nobody is heard any more.
-TEST(LastWords, OfManyWhoFallSilentThoseWhoAreGoneAreNamedFirst) {
+TEST(LastWords, OfManyWhoFallSilentItIsWhoHasEnded) {
   const Problem problem{.ranks = 3};
   std::vector<std::unique_ptr<Member>> members;
   std::vector<Bytes> endpoints;
   for (int rank = 0; rank < problem.ranks; ++rank) {
     GroupConfig config = group_config(problem, rank, local());
-    config.timeout = 200ms;
+    config.timeout = 4s;
     members.push_back(std::make_unique<Member>(problem.shape(rank), config));
     endpoints.push_back(members.back()->group.endpoint());
   }
   Endpoint gone = Endpoint::parse(endpoints[2]);
-  gone.process = gone.process.substr(0, gone.process.rfind(' ')) + " 99999999";  // more than Linux has
+  gone.pid = 99999999;  // more than Linux has
   endpoints[2] = gone.bytes();
   members[0]->group.connect(endpoints);  // and the others never do, nor do they beat
   ASSERT_TRUE(eventually([&] { return members[0]->group.failure().has_value(); }));
   const std::string text = members[0]->group.failure()->what();
   EXPECT_NE(text.find("rank 2 ("), std::string::npos) << text;
-  EXPECT_LT(text.find("rank 2 ("), text.find("rank 1 (")) << text;
+  EXPECT_EQ(text.find("rank 1 ("), std::string::npos) << text;
   EXPECT_EQ(members[0]->group.failure_culprit(), 2U);
 }
 

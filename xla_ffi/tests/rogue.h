@@ -16,7 +16,8 @@ namespace pplx::moe::testing {
 struct Endpoint {
   uint32_t magic = 0x50504d45, nonce = 0, rank = 0, shards = 1;
   uint64_t fingerprint = 1;
-  std::string text, process = "rogue";
+  std::string text, process = "rogue", space;
+  int32_t pid = 0;
   Bytes regions, headers, notices;  // descriptors; no headers: they are read in the regions
 
   static Endpoint parse(const Bytes& bytes) {
@@ -33,6 +34,8 @@ struct Endpoint {
     out.fingerprint = in.get<uint64_t>();
     out.text = in.text();
     out.process = in.text();
+    out.space = in.text();
+    out.pid = in.get<int32_t>();
     out.regions = blob();
     out.headers = blob();
     out.notices = blob();
@@ -48,6 +51,8 @@ struct Endpoint {
     out.put(fingerprint);
     out.text(text);
     out.text(process);
+    out.text(space);
+    out.put(pid);
     out.blob(regions);
     out.blob(headers);
     out.blob(notices);
@@ -57,10 +62,11 @@ struct Endpoint {
   Address address() const { return Address(decode_descriptor(regions).address); }
 };
 
-// Rank 1 of two; rank 0 is real.
+// Rank 1 of two; rank 0 is real. `pid`: of this host, which it says it is.
 class Rogue {
  public:
-  explicit Rogue(const Problem& problem, std::function<void(GroupConfig&)> adjust = {})
+  explicit Rogue(const Problem& problem, const std::function<void(GroupConfig&)>& adjust = {},
+                 int32_t pid = 0)
       : problem_(problem), engine_(local()) {
     GroupConfig config = group_config(problem, 0, local());
     if (adjust) adjust(config);
@@ -73,6 +79,8 @@ class Rogue {
     Endpoint mine;
     mine.nonce = kNonce;
     mine.rank = 1;
+    mine.pid = pid;
+    if (pid != 0) mine.space = theirs_.space;
     mine.regions = regions_->descriptor().bytes();
     mine.notices = notices_->descriptor().bytes();
     real_->group.connect({real_->group.endpoint(), mine.bytes()});
