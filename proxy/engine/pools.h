@@ -64,7 +64,7 @@ class Pools {
     std::shared_ptr<const Region> source;
     size_t offset = 0, length = 0;
     CompletionSink* sink = nullptr;
-    uint32_t stamp = 0;  // tick of the announcement
+    uint32_t stamp = 0;    // tick of the announcement
     bool writing = false;  // the provider reads the source
   };
 
