@@ -81,7 +81,7 @@ def test_a_failure_in_another_group_is_raised():
 
 
 def test_a_failure_for_other_tokens_than_the_last_is_raised():
-    """Tokens of one sequence lie on all groups, and those before the last may have failed in the last layer."""
+    """Tokens of one sequence lie on all groups: in the last layer others than the last may have failed."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "ep"))
     spread = models.from_config(CONFIG, mesh=mesh, dtype=jnp.float32, name="earlier", exchange={"rows": 6})
     told = []
