@@ -204,7 +204,7 @@ class Membership:
 
     def _open(self, mesh: Mesh, patience: float) -> dict[int, Member]:
         """Members that are connected. ``patience``: seconds that the others have to come. Those who have come
-        and fall silent before they are connected get ``timeout``, as peers do later, and no less than setting up
+        and fall silent before they are connected get ``timeout``, as peers do later, or what setting up
         takes."""
         ranks = {d: place for d, place in self._ranks(mesh).items() if place[1] not in self._masked}
         process = jax.process_index()
