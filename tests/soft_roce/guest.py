@@ -49,7 +49,7 @@ MODULES = (
 )
 APPLETS = ("sh", "mount", "insmod", "mkdir", "chroot", "poweroff")
 
-SCALE = "PPLX_TEST_TIME_SCALE"  # proxy/tests/support.h and xla_ffi/tests read it as well
+SCALE = "PPLX_TEST_TIME_SCALE"  # proxy/tests/support.h reads it as well
 MARK = f"guest-{secrets.token_hex(8)}-ended"  # the last line of a guest, with the command's exit status
 
 INIT = """#!/bin/sh

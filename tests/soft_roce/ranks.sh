@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# In each guest: so many ranks, one a process, of one group over all guests. Their steps over verbs must give the
-# bytes that they give over tcp, and the oracle's.
+# In each guest: so many ranks, one a process, of one group over all guests. What their engines do must bring its bytes
+# over verbs and tcp, and steps over verbs must give the bytes that they give over tcp, and the oracle's.
 #   ranks.sh BUILD_FOLDER RANKS_A_GUEST [GUESTS]
 set -uo pipefail
 here=$2 guests=${3:-1}

@@ -6,7 +6,7 @@ build=$(realpath "$1")
 cd "$(dirname "$0")"
 guest=(python3 guest.py)
 "${guest[@]}" --check
-echo '--- one guest: the conformance tests, and 3 ranks over verbs and tcp'
+echo '--- one guest: the conformance tests, and engines and MoE steps of 3 ranks over verbs and tcp'
 "${guest[@]}" --timeout 280 "$PWD/conformance.sh" "$build"
-echo '--- two guests that lose 1 % of their packets: 4 ranks over verbs and tcp'
+echo '--- two guests that lose 1 % of their packets: engines and MoE steps of 4 ranks over verbs and tcp'
 "${guest[@]}" --guests 2 --cpus 1 --memory 1536 --loss 1 --timeout 150 "$PWD/ranks.sh" "$build" 2 2
