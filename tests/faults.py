@@ -404,7 +404,9 @@ class Result:
                 return f"{who}close() took {one.closing:.1f} s"
             if one.left:
                 return f"{who}close() left {one.left}"
-            if one.outputs not in ("right", "nan"):
+            # Who is stopped before its first exchange of the step comes to a group that has failed.
+            refused = one.rank == VICTIM and one.outputs.startswith("raised ") and "Error: " in one.outputs
+            if one.outputs not in ("right", "nan") and not refused:
                 return f"{who}outputs: {one.outputs}"
             if self.fault == "pause":
                 if one.kind or one.outputs != "right":
