@@ -12,6 +12,8 @@ class Presence {
  public:
   using Time = std::chrono::steady_clock::time_point;
   using Duration = std::chrono::nanoseconds;
+  // Longer than this between two looks it was absent.
+  static constexpr auto kAbsent = std::chrono::milliseconds(100);
 
   // How much of the time since the last look is not to be counted.
   Duration absent(Time now) {
@@ -20,7 +22,6 @@ class Presence {
   }
 
  private:
-  static constexpr auto kAbsent = std::chrono::milliseconds(100);
   Time looked_{};
 };
 

@@ -11,13 +11,12 @@
 #include "proxy/engine/pools.h"
 #include "proxy/engine/watch.h"
 #include "proxy/log.h"
+#include "proxy/presence.h"
 
 namespace pplx {
 namespace {
 
 constexpr auto kMaintenance = std::chrono::milliseconds(10);
-// Longer than this between two looks the process was stopped, or had no core: nobody is late for that.
-constexpr auto kAbsent = std::chrono::milliseconds(100);
 constexpr uint32_t kGreetAgain = 1000;   // ms between two greetings of a peer that has to know this engine
 constexpr uint32_t kSuspectAfter = 100;  // ms without a completion before a peer's process is looked at
 constexpr int kFlushPolls = 16;
@@ -141,7 +140,7 @@ void EngineCore::run_worker() {
   while (!closed()) {
     auto now = Clock::now();
     if (now - maintained >= kMaintenance) {
-      ran += std::min<Duration>(now - maintained, kAbsent);
+      ran += std::min<Duration>(now - maintained, Presence::kAbsent);
       maintained = now;
       tick_.store(static_cast<uint32_t>(ran / std::chrono::milliseconds(1)), std::memory_order_relaxed);
       std::vector<std::shared_ptr<const Region>> given_back;

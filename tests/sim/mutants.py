@@ -99,8 +99,8 @@ MUTANTS = (
         "absence-counted-as-lateness",
         "P27",
         "proxy/engine/core.cc",
-        "ran += std::min<Duration>(now - maintained, kAbsent);",
-        "ran += ON ? Duration(now - maintained) : std::min<Duration>(now - maintained, kAbsent);",
+        "ran += std::min<Duration>(now - maintained, Presence::kAbsent);",
+        "ran += ON ? Duration(now - maintained) : std::min<Duration>(now - maintained, Presence::kAbsent);",
         faults="suspend",
     ),
     Mutant(
